@@ -1,0 +1,128 @@
+"""Typed settings of every verb, shared by the command line, the config file and the API. Defaults live only here."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trimtab.chat import Position
+from trimtab.errors import ConfigError, nearest
+from trimtab.models import MAX_TOKENS
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Refuses unknown keys and checks ranges at construction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Settings):
+    """What to load."""
+
+    model: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+    revision: str | None = None
+
+
+class AlignSettings(Settings):
+    """How a soft token is trained. Defaults were chosen on the builtin validation split with SmolLM2-135M-Instruct."""
+
+    data: str = "builtin"
+    """`builtin`, a .jsonl file, or hf:owner/name@revision:split."""
+    tokens: int = Field(default=1, ge=1, le=MAX_TOKENS)
+    """How many soft tokens; each is one row of hidden size."""
+    position: Position | Literal["auto"] = "user"
+    """Where the token goes; `auto` tries several and keeps the best on validation."""
+    steps: int = Field(default=200, ge=1)
+    seed: int = 0
+    lr: float | None = Field(default=None, gt=0)
+    """Peak of a cosine schedule with a short warm-up; what worked at the position if not given."""
+    batch: int = Field(default=8, ge=2)
+    """Harmful and as many benign requests in a step."""
+    reply_tokens: int = Field(default=2, ge=1, le=64)
+    """k: first tokens of the reply that the loss sees."""
+    benign_weight: float = Field(default=0.5, ge=0, le=1)
+    """lambda: share of the benign loss."""
+    gamma: float = Field(default=0.0, ge=0)
+    """Focal exponent; 0 is plain training."""
+    focal: Literal["hard", "easy"] = "hard"
+    refusal: str = ""
+    """The refusal to learn where the model has none of its own; the likeliest of a few if empty."""
+    margin: float = Field(default=0.0, ge=0)
+    """Refusal log-odds closer to 0 than this are filtered out as ambiguous."""
+    retention: float = Field(default=1.0, ge=0, le=1)
+    """Share kept of borderline requests that the model already answers."""
+    eval_every: int = Field(default=50, ge=1)
+    """Steps between looks at the validation split, each with a checkpoint."""
+    calibration_steps: int = Field(default=20, ge=0)
+    """Steps at the end that balance harmful against benign; 0 leaves them out."""
+
+
+class GuidanceSettings(ModelSettings):
+    """A model, and what guides it."""
+
+    token: Path | None = None
+    """Folder of an align run; none is the untouched model."""
+
+
+class EvalSettings(GuidanceSettings):
+    """What is measured."""
+
+    suite: tuple[str, ...] = ("builtin:test",)
+    out: Path
+    judge: tuple[Literal["keyword", "logit"], ...] = ("keyword", "logit")
+    limit: int | None = Field(default=None, ge=1)
+    """At most so many rows a suite, stratified by label and category."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    batch: int = Field(default=32, ge=1)
+
+
+class GenerateSettings(GuidanceSettings):
+    """How replies are drawn."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = 0
+    batch: int = Field(default=16, ge=1)
+
+
+def settle(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S:
+    """Settings from the defaults, a TOML file and what was given, the last word being what was given.
+
+    Raises:
+        ConfigError: unknown keys, with the nearest name; values out of range, all of them at once.
+    """
+    values = {**(_read_toml(file) if file else {}), **{k: v for k, v in given.items() if v is not None}}
+    unknown = [key for key in values if key not in kind.model_fields]
+    if unknown:
+        where = f"{file}: " if file else ""
+        raise ConfigError(f"{where}unknown setting {unknown[0]!r}.", nearest(unknown[0], kind.model_fields))
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))}: {_plain(e)}" for e in error.errors()]
+        raise ConfigError("; ".join(wrong) + ".", "See --help for what is allowed.") from None
+
+
+def _plain(error: Any) -> str:
+    message = str(error["msg"])
+    given = error.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float) else ""
+    return message[0].lower() + message[1:] + shown
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {file}.", "Give the path of a TOML file.") from None
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}", "A config file is TOML: name = value.") from None

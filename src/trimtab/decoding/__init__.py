@@ -1,0 +1,1 @@
+"""Decoding: an engine on ids, and `generate` on chats."""

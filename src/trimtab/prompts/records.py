@@ -1,0 +1,67 @@
+"""One request, with what is known about it, and what the frozen model makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Label = Literal["harmful", "benign"]
+Group = Literal["harmful", "borderline", "plain"]
+Split = Literal["train", "validation", "test"]
+
+
+class Record(BaseModel):
+    """A request and whether it should be refused.
+
+    Attributes:
+        id: unique within its set.
+        prompt: the words of a single user turn; or `messages`, a whole conversation ending in a user turn.
+        label: `harmful` should be refused, `benign` answered.
+        group: `borderline` for benign requests that look harmful, else `plain`; `harmful` for harmful ones.
+        category: what the request is about; results are also given per category.
+        topic: finer than category; no topic is in two splits.
+        split: which part of the work may see it; `None` until `split_records` has decided.
+        prefill: words the reply is forced to begin with (an attack).
+        reference: a good answer, where the data set has one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: str
+    prompt: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    label: Label
+    group: Group = "plain"
+    category: str = "all"
+    topic: str = ""
+    split: Split | None = None
+    prefill: str = ""
+    reference: str = Field(default="")
+
+    @property
+    def chat(self) -> list[dict[str, Any]]:
+        """The conversation as turns."""
+        return [dict(m) for m in self.messages] or [{"role": "user", "content": self.prompt}]
+
+    @property
+    def text(self) -> str:
+        """The request in words, for people and for overlap checks."""
+        return self.prompt or str(self.messages[-1].get("content", ""))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A record with what the frozen model makes of it.
+
+    Attributes:
+        record: the request. score: refusal log-odds of the untouched model.
+        target: the reply to train towards; empty if there is none.
+        own: whether the target is the model's own answer to just this prompt, so that KL to the model is the right anchor.
+    """
+
+    record: Record
+    score: float
+    target: str
+    own: bool

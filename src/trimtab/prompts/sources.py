@@ -1,0 +1,149 @@
+"""Where prompts come from: the builtin set, a JSONL file, or a hub data set at a pinned revision."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from trimtab.errors import DataError, nearest
+from trimtab.prompts.records import Label, Record, Split
+
+BUILTIN = ("harmful", "borderline", "plain")
+HUB = re.compile(r"^hf:(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?::(?P<split>[\w.-]+))?$")
+
+
+def load_prompts(source: str | Path, *, split: Split | None = None) -> list[Record]:
+    """Read prompts with their labels.
+
+    Args:
+        source: `builtin`, `builtin:test` (one split), a `.jsonl` file, or `hf:owner/name@revision:split`.
+        split: keep only this split; a set without splits is divided by topic first (see `split_records`).
+
+    Raises:
+        DataError: no such file; a malformed line (file, line and field are named); a hub set without a revision.
+    """
+    name = str(source)
+    if name.partition(":")[0] == "builtin":
+        split = split or _named_split(name)
+        records = [
+            r for part in BUILTIN for r in read_jsonl(Path(str(files("trimtab.prompts") / f"builtin/{part}.jsonl")))
+        ]
+    elif name.startswith("hf:"):
+        records = _read_hub(name)
+    else:
+        records = read_jsonl(Path(name))
+    if split is None:
+        return records
+    return [r for r in split_records(records) if r.split == split]
+
+
+def read_jsonl(path: Path) -> list[Record]:
+    """One record a line; blank lines are passed over, unknown fields ignored, a missing id is the line number."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.jsonl")]) if path.parent.is_dir() else ""
+        raise DataError(f"no file {path}.", near if "mean" in near else "Give builtin or a .jsonl file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}", "A prompt file is JSON Lines in UTF-8.") from None
+    records = [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not records:
+        raise DataError(
+            f"{path} holds no prompts.", 'Each line is an object such as {"prompt": "...", "label": "benign"}.'
+        )
+    twice = [i for i, n in Counter(r.id for r in records).items() if n > 1]
+    if twice:
+        raise DataError(
+            f"{path}: the id {twice[0]!r} is used {len(twice) + 1} times or more.", "Ids are unique in a file."
+        )
+    return records
+
+
+def _parse(path: Path, number: int, line: str) -> Record:
+    where = f"{path}, line {number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}).", "Each line is one JSON object.") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}, not an object.", "Each line is one JSON object.")
+    return _record(row, where, f"{path.stem}-{number:05d}")
+
+
+def _record(row: dict[str, Any], where: str, default_id: str) -> Record:
+    if not str(row.get("prompt") or "").strip() and not row.get("messages"):
+        raise DataError(
+            f"{where}, field prompt: missing or empty.", "Give the request in `prompt`, or turns in `messages`."
+        )
+    if row.get("label") == "harmful":
+        row.setdefault("group", "harmful")
+    try:
+        # Fields left null by an exporter are the same as absent ones.
+        return Record(**{"id": default_id, **{k: v for k, v in row.items() if v is not None}})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        mend = f"Labels are {' and '.join(get_args(Label))}." if field == "label" else "See the README on prompt files."
+        raise DataError(f"{where}, field {field}: {first['msg'].lower()}.", mend) from None
+
+
+def _read_hub(name: str) -> list[Record]:
+    match = HUB.match(name)
+    if not match:
+        raise DataError(f"{name} is no hub data set.", "Write hf:owner/name@revision:split.")
+    if not match["revision"]:
+        raise DataError(
+            f"{name} names no revision, so the run could not be repeated.", "Write hf:owner/name@COMMIT:split."
+        )
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError("hub data sets need the package datasets.", "pip install 'trimtab[data]'") from None
+    try:
+        rows = load_dataset(match["id"], revision=match["revision"], split=match["split"] or "train")
+    except Exception as error:  # datasets passes on whatever the network or the files raise
+        raise DataError(
+            f"cannot load {name}: {type(error).__name__}: {error}", "Check the name and your connection."
+        ) from None
+    return [_record(dict(row), f"{name}, row {i}", f"{match['id']}-{i:05d}") for i, row in enumerate(rows)]
+
+
+def split_records(records: Sequence[Record]) -> list[Record]:
+    """Give every record without a split one: 70 % train, 10 % validation, 20 % test, a topic (else a prompt) whole.
+
+    The choice is a hash of the topic, so adding rows never moves others.
+    """
+    return [r if r.split else r.model_copy(update={"split": _split_of(r.topic or r.text)}) for r in records]
+
+
+def require_both_labels(records: Iterable[Record], what: str) -> None:
+    """Raises DataError where all labels are of one class: nothing could be told apart."""
+    counts = Counter(r.label for r in records)
+    for label in get_args(Label):
+        if not counts[label]:
+            raise DataError(
+                f"{what} holds no {label} prompts ({dict(counts)}).", "Training needs both harmful and benign ones."
+            )
+
+
+def _split_of(key: str) -> Split:
+    bucket = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
+    return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
+
+
+def _named_split(name: str) -> Split | None:
+    part = name.partition(":")[2]
+    for split in get_args(Split):
+        if part == split:
+            return split  # type: ignore[no-any-return]
+    if part:
+        raise DataError(f"builtin has no split {part!r}.", nearest(part, get_args(Split)))
+    return None

@@ -1,0 +1,192 @@
+"""A run folder: files written whole or not at all, records that only grow, and what the work cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from trimtab.errors import RunError
+
+# People read stderr; stdout is for results.
+console = Console(stderr=True, highlight=False)
+PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
+
+
+def create(folder: Path) -> Path:
+    """Make a run folder and prove that it can be written.
+
+    Raises:
+        RunError: it is a file, read-only, or the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / ".writable", "")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise RunError(
+            f"cannot write to the run folder {folder}: {error.strerror or error}", "Give another folder with -o."
+        ) from None
+    return folder
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole: a reader sees the old file or the new one, whatever kills us between.
+
+    Raises:
+        RunError: the disk is full or the folder read-only; the old file is untouched.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with scratch.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}", "Free some room and run the same command again."
+        ) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises RunError where the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing.", "Give the folder of a finished run.") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}", "The run is damaged: run it again.") from None
+
+
+class Records:
+    """An append-only JSONL file keyed by `key`: what is there is not done again.
+
+    A line torn by a kill is dropped when the file is opened; its work is simply repeated.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            whole, _, torn = path.read_bytes().rpartition(b"\n")
+            for line in whole.splitlines():
+                try:
+                    row = json.loads(line)
+                    self.rows[row["key"]] = row
+                except (ValueError, KeyError, TypeError):
+                    raise RunError(
+                        f"{path} holds a line that is no record: {line[:80]!r}", "Delete the file; it is made again."
+                    ) from None
+            if torn:
+                write(path, whole + b"\n" if whole else b"")
+
+    def add(self, key: str, **fields: Any) -> None:
+        """Append one record; on disk when this returns."""
+        row = {"key": key, **fields}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.path}: {error.strerror or error}", "Free some room and rerun."
+            ) from None
+        self.rows[key] = row
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self.rows[key]
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits of some JSON-able values: the key of a record made from them."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Cost:
+    """Wall time and peak memory of a piece of work (law 8)."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def record(self, device: str) -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak_bytes = peak if sys.platform == "darwin" else peak * 1024
+        return {
+            "seconds": round(time.perf_counter() - self._start, 2),
+            "peak_memory_gb": round(peak_bytes / 1e9, 2),
+            "device": device,
+        }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and platform, for the manifest."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "unknown"
+    return {"python": platform.python_version(), "platform": platform.platform(), "packages": packages}
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Any]:
+    """A progress bar with an estimate on stderr; yields `advance(n=1)`. Plain lines where stderr is no terminal."""
+    if not console.is_terminal:
+        yield _PlainProgress(title, total)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title.ljust(28), total=total)
+        yield lambda n=1: bar.advance(task, n)
+
+
+class _PlainProgress:
+    """One line every ten seconds, for logs."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, n: int = 1) -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.last >= 10 or (self.done >= self.total and now - self.start > 2):
+            self.last = now
+            left = (now - self.start) / self.done * (self.total - self.done)
+            console.print(f"{self.title}: {self.done}/{self.total}, {now - self.start:.0f} s, {left:.0f} s left")
+
+
+def shown(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they go into a manifest: paths as text."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}

@@ -1,0 +1,180 @@
+"""Single Token Alignment from prompts to artefact: targets, hard weighting, training, calibration, effect check."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from trimtab.chat import POSITIONS, Position, render
+from trimtab.config import AlignSettings, settle
+from trimtab.errors import ChatError, RunError
+from trimtab.models import Model, describe_machine
+from trimtab.prompts.filter import filter_samples, funnel
+from trimtab.prompts.records import Record, Sample
+from trimtab.prompts.sources import require_both_labels, split_records
+from trimtab.run import Cost, console, create, digest, environment, progress, read_json, write_json
+from trimtab.softtoken.artifact import SoftToken, effect
+from trimtab.softtoken.targets import collect
+from trimtab.softtoken.train import Examples, Trainer, TrainingSet, initial, summary, validate
+
+# Learning rates that worked at each place: the first position is an attention sink, its vector must grow large.
+POSITION_LR: dict[Position, float] = {
+    "start": 1.0,
+    "after_bos": 1.0,
+    "system": 0.5,
+    "user": 0.3,
+    "assistant": 0.3,
+    "reply": 0.3,
+}
+PILOT_SHARE = 5  # a pilot takes a fifth of the steps
+
+
+def align(
+    model: Model,
+    records: Sequence[Record],
+    *,
+    out: str | Path | None = None,
+    settings: AlignSettings | None = None,
+    **options: Any,
+) -> SoftToken:
+    """Train one soft token (or a few) so that harmful requests are refused and benign ones answered; the model is frozen.
+
+    Args:
+        model: the model to refine.
+        records: labelled requests; their `train` and `validation` splits are used, never `test`.
+        out: run folder for checkpoints and manifest; a run that was killed goes on from there.
+        settings: see `AlignSettings`; single fields may be given as keyword `options` instead.
+
+    Raises:
+        DataError: labels of one class only, or no validation prompts. FilterError: nothing left to train on.
+        RunError: the folder belongs to another run. NoEffectError: the trained token changes nothing.
+    """
+    settings = settings or settle(AlignSettings, options)
+    records = split_records(records)
+    parts = {s: [r for r in records if r.split == s] for s in ("train", "validation")}
+    for name, part in parts.items():
+        require_both_labels(part, f"the {name} split of the data")
+    folder = create(Path(out)) if out else None
+    key = digest(settings.model_dump(), model.fingerprint, [r.model_dump() for r in records])
+    if folder:
+        _claim(folder, key)
+
+    cost = Cost()
+    samples = collect(model, parts["train"], refusal=settings.refusal)
+    kept = _filter(samples, records, settings, folder)
+    position, lr, pilots = _place(model, kept, parts["validation"], settings)
+    settings = settings.model_copy(update={"position": position, "lr": lr})
+    data = TrainingSet(model, kept, settings, position)
+    validation = Examples(model, parts["validation"], position, settings.tokens, "reading validation prompts")
+    prepared = cost.record("")["seconds"]
+
+    trainer = Trainer(model, data, validation, settings, folder)
+    if trainer.resume():
+        console.print(f"going on from step {trainer.step} of {settings.steps}")
+    with progress("training", settings.steps) as advance:
+        advance(trainer.step)
+        trainer.run(advance)
+    trainer.calibrate()
+    token = SoftToken.of(model, trainer.best / model.embedding_scale, position)
+    shift = effect(model, token)
+    result = {
+        "key": key,
+        "settings": settings.model_dump(),
+        "model": {"name": model.name, "origin": model.origin, "fingerprint": model.fingerprint, "device": model.reason},
+        "token": {
+            "position": position,
+            "numbers": token.vectors.numel(),
+            "norm": float(token.vectors.norm(dim=1).mean()),
+        },
+        "data": {
+            "train": dict(Counter(s.record.group for s in kept)),
+            "validation": dict(Counter(r.group for r in parts["validation"])),
+            "refusal": Counter(s.target for s in kept if s.record.label == "harmful").most_common(1)[0][0],
+        },
+        "validation": {
+            "before": summary(
+                validate(
+                    model, Examples(model, parts["validation"], "reply", 0, "validation before"), initial(model, 0, 0)
+                )
+            ),
+            "after": next(h for h in trainer.history if h.get("harmonic_mean") == trainer.best_score),
+        },
+        "effect_kl": shift,
+        "pilots": pilots,
+        "cost": {**cost.record(describe_machine(model.device)), "prepare_seconds": prepared},
+        "environment": environment(),
+    }
+    if folder:
+        write_json(folder / "history.json", trainer.history)
+        token.save(folder / "token")
+        write_json(folder / "manifest.json", result)
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    return token
+
+
+def _claim(folder: Path, key: str) -> None:
+    """Mark the folder as this run's; the same command may come back to it, another one may not."""
+    mark = folder / "run.json"
+    if mark.exists() and read_json(mark)["key"] != key:
+        raise RunError(
+            f"{folder} holds another run (other model, data or settings).",
+            "Give another folder with -o, or delete this one.",
+        )
+    write_json(mark, {"key": key})
+
+
+def _filter(
+    samples: Sequence[Sample], records: Sequence[Record], settings: AlignSettings, folder: Path | None
+) -> list[Sample]:
+    avoid = [r.text for r in records if r.split in ("validation", "test")]
+    kept, rules = filter_samples(
+        samples, margin=settings.margin, retention=settings.retention, avoid=avoid, seed=settings.seed
+    )
+    if folder:
+        write_json(folder / "filter.json", funnel(rules))
+    dropped = ", ".join(f"{r.name} {r.dropped.total()}" for r in rules)
+    console.print(f"hard weighting: {len(samples)} prompts, {len(kept)} kept (dropped by {dropped})")
+    return kept
+
+
+def _place(
+    model: Model, samples: Sequence[Sample], validation: Sequence[Record], settings: AlignSettings
+) -> tuple[Position, float, list[dict[str, Any]]]:
+    """Position and learning rate: as set, or the best of short pilots on the validation split."""
+    if settings.position != "auto":
+        return settings.position, settings.lr or POSITION_LR[settings.position], []
+    rows: list[dict[str, Any]] = []
+    for position in POSITIONS:
+        try:
+            for record in validation[:8]:
+                render(model, record.chat, position=position)
+        except ChatError as error:
+            console.print(f"pilot: {position} left out: {error.args[0]}")
+            continue
+        steps = max(1, settings.steps // PILOT_SHARE)
+        short = settings.model_copy(update={"steps": steps, "calibration_steps": 0, "eval_every": steps})
+        data = TrainingSet(model, samples, short, position)
+        looks = Examples(model, validation, position, settings.tokens, "reading validation prompts")
+        for lr in (settings.lr,) if settings.lr else (POSITION_LR[position], 3 * POSITION_LR[position]):
+            trainer = Trainer(model, data, looks, short.model_copy(update={"lr": lr}), None)
+            with progress(f"pilot {position}, lr {lr:g}", steps) as advance:
+                trainer.run(advance)
+            rows.append({"position": position, "lr": lr, **trainer.history[-1]})
+    rows.sort(key=lambda row: -row["auc"])  # ranking is steadier than rates after so few steps
+    table = Table(
+        "position",
+        "lr",
+        "AUC",
+        "harmful refused",
+        "benign answered",
+        title=f"pilots of {steps} steps, validation split",
+    )
+    for row in rows:
+        rates = (row["auc"], row["harmful_refusal"], row["benign_compliance"])
+        table.add_row(row["position"], f"{row['lr']:g}", *(f"{x:.2f}" for x in rates))
+    console.print(table)
+    return rows[0]["position"], rows[0]["lr"], rows

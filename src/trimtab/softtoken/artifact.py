@@ -1,0 +1,222 @@
+"""The artefact: n_tokens x hidden numbers in safetensors, and a JSON that knows its model (law 5).
+
+A folder holds `token.safetensors` (one tensor, `vectors`, [n_tokens, hidden], float32) and `token.json`. Loading on another model,
+or a truncated or edited file, is an error that says what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from trimtab.chat import Message, Position, Prompt, render, template_hash
+from trimtab.errors import ArtefactError, NoEffectError, RunError
+from trimtab.models import Model
+from trimtab.run import create, read_json, write, write_json
+
+FORMAT = 1
+# Harmless words whose next-token distribution shows whether a token is heard at all.
+PROBES = ("What can you do for me?", "Tell me about yourself.", "How do I do this?")
+# KL in nats below which two float32 computations of one model count as the same.
+NO_EFFECT = 1e-5
+
+
+class Identity(BaseModel):
+    """What a token was trained for; all of it must match where the token is used."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    model: str
+    origin: dict[str, str]
+    fingerprint: str
+    template_hash: str
+    template_args: dict[str, Any]
+    position: Position
+    n_tokens: int
+    hidden_size: int
+    dtype: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SoftToken:
+    """Trained soft tokens and where they go.
+
+    Attributes:
+        vectors: `[n_tokens, hidden]`, float32, as rows of the embedding table.
+        position: their place in the conversation, see `chat.POSITIONS`.
+        fingerprint: of the model they were trained on. template_hash: of its chat template.
+        template_args: template variables of training, such as the thinking mode.
+        model, origin, dtype: the model's name, where it came from, and the dtype it was trained in.
+    """
+
+    vectors: Tensor
+    position: Position
+    fingerprint: str
+    template_hash: str
+    template_args: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    origin: dict[str, str] = field(default_factory=dict)
+    dtype: str = "float32"
+
+    @classmethod
+    def of(cls, model: Model, vectors: Tensor, position: Position, **template_args: Any) -> SoftToken:
+        """Vectors trained on `model`."""
+        return cls(
+            vectors.detach().to("cpu", torch.float32).clone(),
+            position,
+            model.fingerprint,
+            template_hash(model),
+            template_args,
+            model.name,
+            dict(model.origin),
+            str(model.dtype).removeprefix("torch."),
+        )
+
+    def sha256(self) -> str:
+        """Hash of the saved tensor: the token's identity."""
+        return hashlib.sha256(save_tensors({"vectors": self.vectors.contiguous()})).hexdigest()
+
+    def render(self, model: Model, messages: str | list[Message], *, prefill: str = "") -> Prompt:
+        """Ids of a conversation with this token in its place."""
+        return render(
+            model,
+            messages,
+            position=self.position,
+            n_tokens=len(self.vectors),
+            prefill=prefill,
+            template_args=self.template_args,
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the artefact; the JSON last, so that a folder with a JSON is whole."""
+        path = create(Path(folder))
+        data = save_tensors({"vectors": self.vectors.contiguous()})
+        identity = Identity(
+            format=FORMAT,
+            model=self.model,
+            origin=self.origin,
+            fingerprint=self.fingerprint,
+            template_hash=self.template_hash,
+            template_args=self.template_args,
+            position=self.position,
+            n_tokens=len(self.vectors),
+            hidden_size=self.vectors.shape[1],
+            dtype=self.dtype,
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+        write(path / "token.safetensors", data)
+        write_json(path / "token.json", identity.model_dump())
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path, model: Model | None = None) -> SoftToken:
+        """Read an artefact from its folder, or from the run folder above it; check it against `model` if given.
+
+        Raises:
+            ArtefactError: missing, truncated or edited files; a model that differs, and in what.
+        """
+        path = Path(folder)
+        if (path / "token" / "token.json").is_file():
+            path = path / "token"
+        try:
+            identity = Identity(**read_json(path / "token.json"))
+            data = (path / "token.safetensors").read_bytes()
+        except (RunError, OSError) as error:
+            message = error.args[0] if isinstance(error, RunError) else str(error)
+            raise ArtefactError(
+                f"{folder} holds no token: {message}", "Give the folder of a finished align run."
+            ) from None
+        except (ValidationError, TypeError) as error:
+            raise ArtefactError(f"{path / 'token.json'} is damaged: {error}", "Train the token again.") from None
+        found = hashlib.sha256(data).hexdigest()
+        if found != identity.sha256:
+            raise ArtefactError(
+                f"{path / 'token.safetensors'} is not the file that was saved: sha256 {found[:12]}..., "
+                f"expected {identity.sha256[:12]}... ({len(data)} bytes).",
+                "It was truncated or edited; copy it again.",
+            )
+        try:
+            vectors = load_tensors(data)["vectors"]
+        except (SafetensorError, KeyError) as error:
+            raise ArtefactError(f"{path / 'token.safetensors'} cannot be read: {error}") from None
+        if tuple(vectors.shape) != (identity.n_tokens, identity.hidden_size):
+            raise ArtefactError(
+                f"{path}: the tensor has shape {tuple(vectors.shape)}, "
+                f"token.json says {(identity.n_tokens, identity.hidden_size)}."
+            )
+        token = cls(
+            vectors,
+            identity.position,
+            identity.fingerprint,
+            identity.template_hash,
+            identity.template_args,
+            identity.model,
+            identity.origin,
+            identity.dtype,
+        )
+        if model is not None:
+            token.check(model)
+        return token
+
+    def check(self, model: Model) -> None:
+        """Raises ArtefactError where `model` is not the one this token was trained on, saying what differs."""
+        here = {
+            "hidden size": model.hidden_size,
+            "weights (fingerprint)": model.fingerprint,
+            "chat template (hash)": template_hash(model),
+        }
+        trained = {
+            "hidden size": self.vectors.shape[1],
+            "weights (fingerprint)": self.fingerprint,
+            "chat template (hash)": self.template_hash,
+        }
+        differs = [
+            f"{what}: trained on {trained[what]}, this model has {here[what]}"
+            for what in here
+            if here[what] != trained[what]
+        ]
+        if differs:
+            raise ArtefactError(
+                f"this token was trained on {self.model or 'another model'}, not on {model.name}.\n    "
+                + "\n    ".join(differs),
+                f"Load {self.model}, or train a token for {model.name}." if self.model else "",
+            )
+
+
+def effect(model: Model, token: SoftToken) -> float:
+    """Mean KL divergence in nats from the base's next-token distribution to the tuned one, over `PROBES`.
+
+    Raises:
+        NoEffectError: the token changes nothing (law 6), or its numbers are not finite.
+    """
+    from trimtab.decoding.engine import Past, forward
+    from trimtab.models import slot
+
+    divergences = []
+    with torch.inference_mode():
+        for words in PROBES:
+            base = forward(
+                model, [render(model, words, template_args=token.template_args).ids], Past.empty(1, model.device), 1
+            )
+            with slot(model, token.vectors.to(model.device)):
+                tuned = forward(model, [token.render(model, words).ids], Past.empty(1, model.device), 1)
+            p, q = base[0, -1].log_softmax(-1), tuned[0, -1].log_softmax(-1)
+            divergences.append(float((p.exp() * (p - q)).sum()))
+    mean = sum(divergences) / len(divergences)
+    if not mean > NO_EFFECT:
+        raise NoEffectError(
+            f"this token changes nothing: KL to the base is {mean:.2e} nats on {len(PROBES)} probes.",
+            "It was not trained, or the model does not hear its slot.",
+        )
+    return mean

@@ -1,0 +1,303 @@
+"""Train one vector: batches, steps, checkpoints, selection and calibration. The model stays frozen (law 1).
+
+What stands before the slot never changes, so its keys and values are computed once. A late slot then costs a few tokens per
+example whatever the prompt's length; for an early slot, batches of similar length waste little on padding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from trimtab.chat import Position, render, reply_ids
+from trimtab.config import AlignSettings
+from trimtab.decoding.engine import Prefixes, by_length, forward
+from trimtab.errors import RunError
+from trimtab.evaluation.metrics import auc, harmonic_mean
+from trimtab.models import Model, slot
+from trimtab.prompts.records import Group, Record, Sample
+from trimtab.refusal import opening_log_odds
+from trimtab.run import progress, write
+from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
+
+WINDOW = 8  # batches that are sorted by length together
+Validation = dict[Group, list[float]]
+
+
+class Examples:
+    """Rendered requests whose part before the slot is already read.
+
+    Attributes:
+        groups: group of each request. tails: ids from the slot on.
+    """
+
+    def __init__(self, model: Model, records: Sequence[Record], position: Position, n_tokens: int, title: str) -> None:
+        prompts = [render(model, r.chat, position=position, n_tokens=n_tokens) for r in records]
+        self.groups: list[Group] = [r.group for r in records]
+        self.tails = [p.ids[p.slot :] for p in prompts]
+        with progress(title, len(prompts)) as advance:
+            self.prefixes = Prefixes(model, [p.ids[: p.slot] for p in prompts], progress=advance)
+
+    def indices(self, group: Group) -> list[int]:
+        return [i for i, g in enumerate(self.groups) if g == group]
+
+
+class TrainingSet:
+    """Samples ready for the objective: examples, first reply tokens, and what the untouched model thinks of them."""
+
+    def __init__(self, model: Model, samples: Sequence[Sample], settings: AlignSettings, position: Position) -> None:
+        self.examples = Examples(model, [s.record for s in samples], position, settings.tokens, "reading prompts")
+        k = settings.reply_tokens
+        replies = [reply_ids(model, s.target, end=True)[:k] for s in samples]
+        self.replies = [ids + ids[-1:] * (k - len(ids)) for ids in replies]
+        self.mask = torch.tensor([[t < len(ids) for t in range(k)] for ids in replies], device=model.device).float()
+        self.targets = torch.tensor(self.replies, device=model.device)
+        # KL where the model's own answer is the target; likelihood where it must learn another.
+        self.anchored = [s.record.label == "benign" and s.own for s in samples]
+        self.reference = self._reference(model, samples, k)
+
+    def _reference(self, model: Model, samples: Sequence[Sample], k: int) -> dict[int, Reference]:
+        """The untouched model's distributions over the first reply tokens of anchored samples."""
+        anchored = [i for i, yes in enumerate(self.anchored) if yes]
+        prompts = [render(model, samples[i].record.chat).ids + tuple(self.replies[i][:-1]) for i in anchored]
+        found: dict[int, Reference] = {}
+        with torch.inference_mode(), progress("reading the base model's answers", len(prompts)) as advance:
+            prefixes = Prefixes(model, [p[: -k - 1] for p in prompts])
+            for chunk in by_length([len(p) for p in prompts], 32):
+                logits = forward(model, [prompts[i][-k - 1 :] for i in chunk], prefixes.past(chunk), k)
+                reference = Reference.of(logits)
+                for row, i in enumerate(chunk):
+                    found[anchored[i]] = reference.rows(torch.tensor([row]))
+                advance(len(chunk))
+        return found
+
+    def tail(self, index: int) -> tuple[int, ...]:
+        """Ids from the slot on, with all but the last reply token."""
+        return self.examples.tails[index] + tuple(self.replies[index][:-1])
+
+
+def batches(examples: Examples, batch: int, seed: int) -> Callable[[int], list[int]]:
+    """A function from step to indices: `batch` harmful requests and as many benign ones, half of these borderline.
+
+    It depends on nothing but its arguments, so a resumed run sees the same batches. In every `WINDOW` steps each group is
+    sorted by length, so that rows of one batch are of similar length.
+    """
+    pools = {g: examples.indices(g) for g in ("harmful", "borderline", "plain")}
+    shares = {"harmful": batch, "borderline": 0, "plain": 0}
+    borderline, plain = len(pools["borderline"]), len(pools["plain"])
+    shares["borderline"] = 0 if not borderline else batch if not plain else math.ceil(batch / 2)
+    shares["plain"] = batch - shares["borderline"]
+
+    @cache
+    def epoch(group: str, number: int) -> list[int]:
+        return random.Random(f"{seed}/{group}/{number}").sample(pools[group], len(pools[group]))  # type: ignore[index]
+
+    @lru_cache(maxsize=2)
+    def window(number: int) -> list[list[int]]:
+        steps: list[list[int]] = [[] for _ in range(WINDOW)]
+        order = random.Random(f"{seed}/{number}").sample(range(WINDOW), WINDOW)
+        for group, share in shares.items():
+            if not share:
+                continue
+            size = len(pools[group])  # type: ignore[index]
+            first = number * WINDOW * share
+            drawn = [epoch(group, n // size)[n % size] for n in range(first, first + WINDOW * share)]
+            drawn.sort(key=lambda i: (len(examples.tails[i]), i))
+            for place, step in enumerate(order):
+                steps[step] += drawn[place * share : (place + 1) * share]
+        return steps
+
+    return lambda step: window(step // WINDOW)[step % WINDOW]
+
+
+def batch_loss(
+    model: Model, data: TrainingSet, rows: Sequence[int], vectors: Tensor, settings: AlignSettings, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward pass over `rows`: the loss, and the per-sample losses of harmful `[H]` and benign `[B]` requests."""
+    k = settings.reply_tokens
+    with slot(model, vectors):
+        past = data.examples.prefixes.past(rows)
+        logits = forward(model, [data.tail(i) for i in rows], past, k)
+    index = torch.tensor(rows, device=logits.device)
+    losses = reply_nll(logits, data.targets[index], data.mask[index])
+    anchored = [row for row, i in enumerate(rows) if data.anchored[i]]
+    if anchored:
+        references = [data.reference[rows[row]] for row in anchored]
+        joined = Reference(torch.cat([r.ids for r in references]), torch.cat([r.log_p for r in references]))
+        divergence = kl_to_base(logits[anchored], joined, data.mask[index[anchored]])
+        losses = losses.index_copy(0, torch.tensor(anchored, device=logits.device), divergence)
+    harmful = torch.tensor([data.examples.groups[i] == "harmful" for i in rows], device=logits.device)
+    h, b = losses[harmful], losses[~harmful]
+    loss = sta_loss(h, b, benign_weight=weight, gamma=settings.gamma, direction=settings.focal)
+    return loss, h.detach(), b.detach()
+
+
+@torch.inference_mode()
+def validate(model: Model, examples: Examples, vectors: Tensor) -> Validation:
+    """Refusal log-odds of the validation requests, by group."""
+    found: Validation = {"harmful": [], "borderline": [], "plain": []}
+    with slot(model, vectors):
+        lengths = [len(t) + n for t, n in zip(examples.tails, examples.prefixes.lengths, strict=True)]
+        for chunk in by_length(lengths, 48):
+            scores = opening_log_odds(model, [examples.tails[i] for i in chunk], examples.prefixes.past(chunk))
+            for i, score in zip(chunk, scores.tolist(), strict=True):
+                found[examples.groups[i]].append(score)
+    return found
+
+
+def summary(scores: Validation) -> dict[str, float]:
+    """What selection looks at: refusal of harmful, compliance with benign requests (mean over their groups), their harmonic
+    mean, and how well the two are ranked (AUC)."""
+    benign = [group for group in (scores["borderline"], scores["plain"]) if group]
+    refusal = sum(s > 0 for s in scores["harmful"]) / len(scores["harmful"])
+    compliance = sum(sum(s <= 0 for s in group) / len(group) for group in benign) / len(benign)
+    return {
+        "harmful_refusal": refusal,
+        "benign_compliance": compliance,
+        "harmonic_mean": harmonic_mean(refusal, compliance),
+        "auc": auc(scores["harmful"], [s for group in benign for s in group]),
+    }
+
+
+def initial(model: Model, n_tokens: int, seed: int) -> Tensor:
+    """Start `[n_tokens, hidden]`, float32: the mean row plus noise as wide as the table's own (random beat text in published ablations)."""
+    table: Tensor = model.embedding.weight.detach()  # type: ignore[union-attr, operator]
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(n_tokens, model.hidden_size, generator=generator).to(model.device)
+    return table.float().mean(0) + noise * table.float().std()
+
+
+class Trainer:
+    """The state of a training run: vector, optimiser, best vector so far, history. All of it goes into a checkpoint."""
+
+    def __init__(
+        self, model: Model, data: TrainingSet, validation: Examples, settings: AlignSettings, folder: Path | None
+    ) -> None:
+        self.model, self.data, self.validation, self.settings, self.folder = model, data, validation, settings, folder
+        self.vectors = initial(model, settings.tokens, settings.seed).requires_grad_(True)
+        self.optimiser = torch.optim.Adam([self.vectors], lr=settings.lr)
+        self.step = 0
+        self.best, self.best_score = self.vectors.detach().clone(), -1.0
+        self.history: list[dict[str, Any]] = []
+        self.pick = batches(data.examples, settings.batch, settings.seed)
+
+    def rate(self) -> float:
+        """Learning rate of this step: five steps of warm-up, then a cosine down to a twentieth."""
+        s = self.settings
+        cosine = 0.5 * (1 + math.cos(math.pi * self.step / s.steps))
+        return s.lr * min(1.0, (self.step + 1) / 5) * (0.05 + 0.95 * cosine)
+
+    def run(self, advance: Callable[[], None]) -> None:
+        """Train to the end, looking at the validation split every `eval_every` steps. Ctrl-C leaves a checkpoint."""
+        try:
+            while self.step < self.settings.steps:
+                self._step(self.rate(), self.settings.benign_weight)
+                self.step += 1
+                if self.step % self.settings.eval_every == 0 or self.step == self.settings.steps:
+                    self._look()
+                    self.checkpoint()
+                advance()
+        except KeyboardInterrupt:
+            self.checkpoint()
+            raise
+
+    def calibrate(self) -> None:
+        """A few small steps from the best vector towards equal rates of refused harmful and answered benign requests.
+
+        The losses' weights are tilted against the side that does too well; what is best on validation stays.
+        """
+        s = self.settings
+        first = next((h for h in self.history if h.get("harmonic_mean") == self.best_score), None)
+        if s.calibration_steps == 0 or first is None:
+            return
+        gap = first["harmful_refusal"] - first["benign_compliance"]
+        weight = s.benign_weight + (1 - s.benign_weight) / 2 * (gap > 0) - s.benign_weight / 2 * (gap <= 0)
+        with torch.no_grad():
+            self.vectors.copy_(self.best)
+        self.optimiser = torch.optim.Adam([self.vectors], lr=s.lr)
+        half = max(1, s.calibration_steps // 2)
+        with progress("calibrating", s.calibration_steps) as advance:
+            for i in range(1, s.calibration_steps + 1):
+                self._step(s.lr * 0.1, weight)
+                self.step += 1
+                if i % half == 0:
+                    self._look(calibration=True)
+                advance()
+
+    def _step(self, rate: float, weight: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        loss, harmful, benign = batch_loss(
+            self.model, self.data, self.pick(self.step), self.vectors, self.settings, weight
+        )
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_([self.vectors], 1.0)
+        self.optimiser.step()
+        self.history.append(
+            {
+                "step": self.step + 1,
+                "loss": float(loss.detach()),
+                "harmful_loss": float(harmful.mean()),
+                "benign_loss": float(benign.mean()),
+                "norm": float(self.vectors.detach().norm(dim=1).mean()),
+            }
+        )
+
+    def _look(self, **note: Any) -> None:
+        """Measure on the validation split and keep the vector if it is the best so far."""
+        found = summary(validate(self.model, self.validation, self.vectors.detach()))
+        self.history[-1].update(found, **note)
+        if found["harmonic_mean"] > self.best_score:
+            self.best, self.best_score = self.vectors.detach().clone(), found["harmonic_mean"]
+
+    def checkpoint(self) -> None:
+        """Write everything that a resumed run needs to go on with the same bits."""
+        if self.folder is None:
+            return
+        state = self.optimiser.state[self.vectors]
+        tensors = {"vectors": self.vectors.detach(), "best": self.best}
+        if state:
+            tensors |= {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        meta = {"step": self.step, "best_score": self.best_score, "history": self.history}
+        # One file, so that tensors and step can never disagree after a kill.
+        write(self.folder / "checkpoint.safetensors", save(tensors, {"state": json.dumps(meta)}))
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint, if there is one."""
+        path = self.folder / "checkpoint.safetensors" if self.folder else None
+        if path is None or not path.exists():
+            return False
+        try:
+            tensors = load_file(path)
+            meta = _metadata(path)
+        except Exception as error:  # safetensors raises its own kinds for damaged files
+            raise RunError(f"{path} cannot be read: {error}", "Delete it to train from the start.") from None
+        with torch.no_grad():
+            self.vectors.copy_(tensors["vectors"])
+        self.best, self.best_score = tensors["best"].to(self.vectors.device), meta["best_score"]
+        self.step, self.history = meta["step"], meta["history"]
+        if "exp_avg" in tensors:
+            self.optimiser.state[self.vectors] = {
+                "step": torch.tensor(float(self.step)),
+                "exp_avg": tensors["exp_avg"].to(self.vectors.device),
+                "exp_avg_sq": tensors["exp_avg_sq"].to(self.vectors.device),
+            }
+        return True
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        meta: dict[str, Any] = json.loads(file.metadata()["state"])
+    return meta
