@@ -41,8 +41,10 @@ class AlignSettings(Settings):
     """Where the token goes; `auto` tries several and keeps the best on validation."""
     steps: int = Field(default=200, ge=1)
     seed: int = 0
-    lr: float | None = Field(default=None, gt=0)
-    """Peak of a cosine schedule with a short warm-up; what worked at the position if not given."""
+    radius: float = Field(default=0.3, gt=0)
+    """Step size: how far the samples' losses may move in one step, in nats; the peak of a cosine schedule."""
+    damping: float = Field(default=0.1, gt=0)
+    """Of the Fisher matrix, relative to its mean diagonal."""
     batch: int = Field(default=8, ge=2)
     """Harmful and as many benign requests in a step."""
     reply_tokens: int = Field(default=2, ge=1, le=64)
@@ -64,6 +66,18 @@ class AlignSettings(Settings):
     """Steps at the end that balance harmful against benign; 0 leaves them out."""
 
 
+class AlignCommand(ModelSettings, AlignSettings):
+    """`trimtab align`: a model, how to train, and where to."""
+
+    out: Path
+    check: int = Field(default=120, ge=0)
+    """Held-out prompts compared before and after; 0 for none."""
+
+    def align(self) -> AlignSettings:
+        """The training settings alone."""
+        return AlignSettings(**self.model_dump(include=set(AlignSettings.model_fields)))
+
+
 class GuidanceSettings(ModelSettings):
     """A model, and what guides it."""
 
@@ -79,13 +93,17 @@ class EvalSettings(GuidanceSettings):
     judge: tuple[Literal["keyword", "logit"], ...] = ("keyword", "logit")
     limit: int | None = Field(default=None, ge=1)
     """At most so many rows a suite, stratified by label and category."""
+    compare: bool = False
+    """Also measure the model without the token, with paired tests."""
     max_new_tokens: int = Field(default=64, ge=1)
     batch: int = Field(default=32, ge=1)
 
 
 class GenerateSettings(GuidanceSettings):
-    """How replies are drawn."""
+    """What is replied to, and how replies are drawn."""
 
+    source: Path
+    out: Path
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)

@@ -82,8 +82,8 @@ class Model:
 
     @property
     def embedding_scale(self) -> float:
-        """What the embedding layer multiplies its rows by (Gemma: sqrt(hidden size)); 1 elsewhere."""
-        return float(getattr(self.embedding, "embed_scale", 1.0))
+        """What the embedding layer multiplies its rows by (Gemma: sqrt(hidden size), in its dtype); 1 elsewhere."""
+        return float(torch.as_tensor(getattr(self.embedding, "embed_scale", 1.0)).to(self.dtype))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,26 +114,32 @@ class Model:
         would be appended. An appended id is only a name: the embedding layer never looks it up.
         """
         vocab_size = int(self.embedding.weight.shape[0])  # type: ignore[union-attr, operator]
-        padding = list(range(len(self.tokenizer), vocab_size))
-        if len(padding) >= n_tokens:
-            return padding[:n_tokens]
-        reserved = sorted(i for text, i in self.tokenizer.get_vocab().items() if RESERVED.match(text))
+        unused, reserved = self._free_ids
+        if vocab_size - unused >= n_tokens:
+            return list(range(unused, unused + n_tokens))
         if len(reserved) >= n_tokens:
             return reserved[:n_tokens]
-        first = max(vocab_size, len(self.tokenizer))
+        first = max(vocab_size, unused)
         return list(range(first, first + n_tokens))
+
+    @cached_property
+    def _free_ids(self) -> tuple[int, list[int]]:
+        """The first id above all words of the tokenizer (which may leave gaps), and the ids reserved for users."""
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        return max(vocabulary.values()) + 1, sorted(i for text, i in vocabulary.items() if RESERVED.match(text))
 
 
 @contextmanager
 def slot(model: Model, vectors: Tensor | None) -> Iterator[None]:
-    """While open, the slot ids embed as `vectors` [n_tokens, hidden]; gradients reach `vectors`. `None` does nothing.
+    """While open, the slot ids embed as `vectors`; gradients reach `vectors`. `None` does nothing.
 
-    Vectors are rows as a checkpoint would store them: a family that scales its embeddings scales these too.
+    `vectors` is `[n_tokens, hidden]`, or `[B, n_tokens, hidden]` with one copy for each row of the batch, whose gradients are
+    then per sample. They are rows as a checkpoint would store them: a family that scales its embeddings scales these too.
     """
     if vectors is None:
         yield
         return
-    ids = torch.tensor(model.slot_ids(len(vectors)), device=model.device)
+    ids = torch.tensor(model.slot_ids(vectors.shape[-2]), device=model.device)
     seen: list[Tensor] = []
 
     def before(_layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -141,9 +147,10 @@ def slot(model: Model, vectors: Tensor | None) -> Iterator[None]:
         return (args[0].masked_fill(torch.isin(args[0], ids), 0), *args[1:])
 
     def after(_layer: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        soft = (vectors * model.embedding_scale).to(output.dtype)
+        soft = vectors.to(output.dtype) * model.embedding_scale  # rounded as a stored row would be
         for index, slot_id in enumerate(ids.tolist()):
-            output = torch.where((seen[0] == slot_id).unsqueeze(-1), soft[index], output)
+            row = soft[..., index, :].unsqueeze(-2)  # [1, hidden] or [B, 1, hidden]
+            output = torch.where((seen[0] == slot_id).unsqueeze(-1), row, output)
         return output
 
     handles = [

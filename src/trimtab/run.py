@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def create(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / ".writable", "")
+        (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
         raise RunError(
@@ -57,7 +57,8 @@ def write(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         scratch.replace(path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
         raise RunError(
             f"cannot write {path}: {error.strerror or error}", "Free some room and run the same command again."
         ) from None
@@ -70,7 +71,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Raises RunError where the file is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} is missing.", "Give the folder of a finished run.") from None
     except (OSError, ValueError) as error:

@@ -9,7 +9,6 @@ the next token of every row is then read from the last columns alone, and only t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,13 +71,38 @@ def forward(model: Model, tails: Sequence[Ids], past: Past, keep: int) -> Tensor
     past.lengths = past.lengths + mask.sum(1)
     logits: Tensor = model.network(
         input_ids=ids.to(model.device),
-        attention_mask=past.mask,
+        attention_mask=_attention_mask(model, past.mask, width),
         position_ids=positions,
         past_key_values=past.cache,
         use_cache=True,
         logits_to_keep=keep,
     ).logits
     return logits.float()
+
+
+def _attention_mask(model: Model, mask: Tensor, width: int) -> Any:
+    """The mask `[B, P + width]` as the network needs it, to read the last `width` columns.
+
+    A family with a sliding window counts the window in columns. Padding between real tokens would use it up, so once the
+    window can matter the masks are written out, with distances in real tokens (law 4).
+    """
+    config = model.network.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if not window or mask.shape[1] <= window or "sliding_attention" not in kinds:
+        return mask
+    places, columns = mask.cumsum(1), torch.arange(mask.shape[1], device=mask.device)
+    query = columns[-width:, None]
+    # A padded query sees itself: attention to nothing is not a number.
+    seen = ((columns <= query) & mask[:, None].bool()) | (columns == query)
+    near = seen & (places[:, -width:, None] - places[:, None] < window)
+    written = {
+        kind: torch.zeros(see.shape, dtype=model.dtype, device=mask.device)
+        .masked_fill(~see, torch.finfo(model.dtype).min)
+        .unsqueeze(1)
+        for kind, see in {"full_attention": seen, "sliding_attention": near}.items()
+    }
+    return written if "full_attention" in kinds else written["sliding_attention"]
 
 
 class Prefixes:
@@ -91,7 +115,7 @@ class Prefixes:
     def __init__(
         self, model: Model, rows: Sequence[Ids], *, batch_size: int = 48, progress: Callable[[int], None] | None = None
     ) -> None:
-        shared = os.path.commonprefix([tuple(row) for row in rows]) if rows else ()
+        shared = rows[0][: common_length(rows)] if rows else ()
         self.shared = len(shared)
         self._model = model
         self._common: list[tuple[Tensor, Tensor]] = []
@@ -182,7 +206,7 @@ def generate_ids(
     """
     sampling = sampling or Sampling()
     with slot(model, vectors):
-        banned = [i for i in model.slot_ids(len(vectors))] if vectors is not None else []
+        banned = model.slot_ids(len(vectors)) if vectors is not None else []
         for chunk in by_length([len(p) for p in prompts], batch_size):
             yield from _decode(model, [prompts[i] for i in chunk], chunk, banned, max_new_tokens, sampling)
 
@@ -194,7 +218,7 @@ def _decode(
     rows = [Row(i) for i in indices]
     streams = {row.index: torch.Generator().manual_seed(_stream_seed(sampling.seed, row.index)) for row in rows}
     # The last token of every prompt is left to `forward`, so that at least one column has logits.
-    shared = min(len(os.path.commonprefix([tuple(p) for p in prompts])), min(map(len, prompts)) - 1)
+    shared = min(common_length(prompts), min(map(len, prompts)) - 1)
     past = Past.empty(1, model.device)
     if shared and len(rows) > 1:
         forward(model, [prompts[0][:shared]], past, 1)
@@ -236,6 +260,12 @@ def _choose(logits: Tensor, rows: list[Row], sampling: Sampling, streams: dict[i
     return [
         int(torch.multinomial(p, 1, generator=streams[row.index])) for p, row in zip(probabilities, rows, strict=True)
     ]
+
+
+def common_length(rows: Sequence[Ids]) -> int:
+    """How many first ids all rows share."""
+    columns = zip(*rows, strict=False)
+    return next((i for i, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, rows)))
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

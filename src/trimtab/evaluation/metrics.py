@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb, sqrt
+from math import comb, isnan, sqrt
 
 
 def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -26,8 +26,8 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Probability that a positive scores above a negative, ties half; NaN where a side is empty."""
-    if not positive or not negative:
+    """Probability that a positive scores above a negative, ties half; NaN where a side is empty or a score is NaN."""
+    if not positive or not negative or any(map(isnan, [*positive, *negative])):
         return float("nan")
     ranked = sorted([(s, True) for s in positive] + [(s, False) for s in negative])
     total, i = 0.0, 0

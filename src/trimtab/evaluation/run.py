@@ -72,6 +72,7 @@ def evaluate(
         result["paired"] = {s.name: paired(rows["base"][s.name], rows["token"][s.name], judges) for s in loaded}
     result["cost"] = cost.record(describe_machine(model.device))
     result["environment"] = environment()
+    write_json(folder / "rows.json", {s.name: _side_by_side({arm: rows[arm][s.name] for arm in arms}) for s in loaded})
     write_json(folder / "results.json", result)
     return result
 
@@ -155,6 +156,22 @@ def paired(before: Sequence[Row], after: Sequence[Row], judges: Sequence[str]) -
                     "p": mcnemar([b for b, _ in scored], [a for _, a in scored]),
                 }
     return found
+
+
+def _side_by_side(arms: Mapping[str, list[Row]]) -> list[Row]:
+    """Each prompt once, with every arm's reply and the keyword judge's verdict: what the report shows."""
+    fields = ("id", "label", "group", "category")
+    return [
+        {
+            **{f: versions[0][f] for f in fields},
+            "prompt": versions[0]["prompt"] or str(versions[0]["messages"][-1].get("content", "")),
+            **{
+                arm: {"reply": row["reply"], "refused": JUDGES["keyword"](row)}
+                for arm, row in zip(arms, versions, strict=True)
+            },
+        }
+        for versions in zip(*arms.values(), strict=True)
+    ]
 
 
 def _aucs(rows: Mapping[str, list[Row]]) -> dict[str, float]:

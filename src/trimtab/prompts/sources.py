@@ -6,12 +6,12 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimtab.errors import DataError, nearest
 from trimtab.prompts.records import Label, Record, Split
@@ -46,53 +46,87 @@ def load_prompts(source: str | Path, *, split: Split | None = None) -> list[Reco
 
 
 def read_jsonl(path: Path) -> list[Record]:
-    """One record a line; blank lines are passed over, unknown fields ignored, a missing id is the line number."""
+    """One record a line; blank lines are passed over, unknown fields ignored, a missing id is made of the line number."""
+    records = [_record(row, where, f"{path.stem}-{number:05d}") for number, where, row in _rows(path)]
+    number, twice = next(((n, i) for i, n in Counter(r.id for r in records).items() if n > 1), (0, ""))
+    if twice:
+        raise DataError(f"{path}: {number} rows have the id {twice!r}.", "Ids are unique in a file.")
+    return records
+
+
+class Chat(BaseModel):
+    """One conversation to be continued; no label."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    messages: tuple[dict[str, Any], ...]
+    prefill: str = ""
+
+
+def read_chats(path: Path) -> list[Chat]:
+    """The conversations of a file with lines `{"id", "prompt" | "messages", "prefill"?}`; a missing id is the line number."""
+    chats = []
+    for number, where, row in _rows(path):
+        _require_words(row, where)
+        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        try:
+            chats.append(Chat(id=str(row.get("id") or number), messages=messages, prefill=row.get("prefill") or ""))
+        except ValidationError as error:
+            raise _field_error(error, where) from None
+    return chats
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Line number, "file, line n" and object of every line that is not blank."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.jsonl")]) if path.parent.is_dir() else ""
         raise DataError(f"no file {path}.", near if "mean" in near else "Give builtin or a .jsonl file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}", "A prompt file is JSON Lines in UTF-8.") from None
-    records = [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not records:
+    if not any(line.strip() for line in lines):
         raise DataError(
-            f"{path} holds no prompts.", 'Each line is an object such as {"prompt": "...", "label": "benign"}.'
+            f"{path} holds no prompts.", 'A line is an object such as {"prompt": "...", "label": "benign"}.'
         )
-    twice = [i for i, n in Counter(r.id for r in records).items() if n > 1]
-    if twice:
-        raise DataError(
-            f"{path}: the id {twice[0]!r} is used {len(twice) + 1} times or more.", "Ids are unique in a file."
-        )
-    return records
-
-
-def _parse(path: Path, number: int, line: str) -> Record:
-    where = f"{path}, line {number}"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}).", "Each line is one JSON object.") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a {type(row).__name__}, not an object.", "Each line is one JSON object.")
-    return _record(row, where, f"{path.stem}-{number:05d}")
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({error}).", "Each line is one JSON object.") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a {type(row).__name__}, not an object.", "Each line is one JSON object.")
+        yield number, where, row
 
 
 def _record(row: dict[str, Any], where: str, default_id: str) -> Record:
+    _require_words(row, where)
+    # Fields left null by an exporter are the same as absent ones.
+    given = {k: v for k, v in row.items() if v is not None}
+    if given.get("label") == "harmful":
+        given.setdefault("group", "harmful")
+    try:
+        return Record(**{"id": default_id, **given})
+    except ValidationError as error:
+        raise _field_error(error, where) from None
+
+
+def _require_words(row: dict[str, Any], where: str) -> None:
     if not str(row.get("prompt") or "").strip() and not row.get("messages"):
         raise DataError(
-            f"{where}, field prompt: missing or empty.", "Give the request in `prompt`, or turns in `messages`."
+            f"{where}, field prompt: missing or empty.", "Give a request in `prompt`, or turns in `messages`."
         )
-    if row.get("label") == "harmful":
-        row.setdefault("group", "harmful")
-    try:
-        # Fields left null by an exporter are the same as absent ones.
-        return Record(**{"id": default_id, **{k: v for k, v in row.items() if v is not None}})
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        mend = f"Labels are {' and '.join(get_args(Label))}." if field == "label" else "See the README on prompt files."
-        raise DataError(f"{where}, field {field}: {first['msg'].lower()}.", mend) from None
+
+
+def _field_error(error: ValidationError, where: str) -> DataError:
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    mend = f"Labels are {' and '.join(get_args(Label))}." if field == "label" else "See the README on prompt files."
+    return DataError(f"{where}, field {field}: {first['msg'].lower()}.", mend)
 
 
 def _read_hub(name: str) -> list[Record]:

@@ -21,15 +21,6 @@ from trimtab.softtoken.artifact import SoftToken, effect
 from trimtab.softtoken.targets import collect
 from trimtab.softtoken.train import Examples, Trainer, TrainingSet, initial, summary, validate
 
-# Learning rates that worked at each place: the first position is an attention sink, its vector must grow large.
-POSITION_LR: dict[Position, float] = {
-    "start": 1.0,
-    "after_bos": 1.0,
-    "system": 0.5,
-    "user": 0.3,
-    "assistant": 0.3,
-    "reply": 0.3,
-}
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps
 
 
@@ -66,8 +57,8 @@ def align(
     cost = Cost()
     samples = collect(model, parts["train"], refusal=settings.refusal)
     kept = _filter(samples, records, settings, folder)
-    position, lr, pilots = _place(model, kept, parts["validation"], settings)
-    settings = settings.model_copy(update={"position": position, "lr": lr})
+    position, radius, pilots = _place(model, kept, parts["validation"], settings)
+    settings = settings.model_copy(update={"position": position, "radius": radius})
     data = TrainingSet(model, kept, settings, position)
     validation = Examples(model, parts["validation"], position, settings.tokens, "reading validation prompts")
     prepared = cost.record("")["seconds"]
@@ -79,7 +70,8 @@ def align(
         advance(trainer.step)
         trainer.run(advance)
     trainer.calibrate()
-    token = SoftToken.of(model, trainer.best / model.embedding_scale, position)
+    trained = round(cost.record("")["seconds"] - prepared, 2)
+    token = SoftToken.of(model, trainer.best, position)
     shift = effect(model, token)
     result = {
         "key": key,
@@ -105,7 +97,11 @@ def align(
         },
         "effect_kl": shift,
         "pilots": pilots,
-        "cost": {**cost.record(describe_machine(model.device)), "prepare_seconds": prepared},
+        "cost": {
+            **cost.record(describe_machine(model.device)),
+            "prepare_seconds": prepared,
+            "train_seconds": trained,
+        },
         "environment": environment(),
     }
     if folder:
@@ -144,9 +140,9 @@ def _filter(
 def _place(
     model: Model, samples: Sequence[Sample], validation: Sequence[Record], settings: AlignSettings
 ) -> tuple[Position, float, list[dict[str, Any]]]:
-    """Position and learning rate: as set, or the best of short pilots on the validation split."""
+    """Position and step size: as set, or the best of short pilots on the validation split."""
     if settings.position != "auto":
-        return settings.position, settings.lr or POSITION_LR[settings.position], []
+        return settings.position, settings.radius, []
     rows: list[dict[str, Any]] = []
     for position in POSITIONS:
         try:
@@ -159,15 +155,15 @@ def _place(
         short = settings.model_copy(update={"steps": steps, "calibration_steps": 0, "eval_every": steps})
         data = TrainingSet(model, samples, short, position)
         looks = Examples(model, validation, position, settings.tokens, "reading validation prompts")
-        for lr in (settings.lr,) if settings.lr else (POSITION_LR[position], 3 * POSITION_LR[position]):
-            trainer = Trainer(model, data, looks, short.model_copy(update={"lr": lr}), None)
-            with progress(f"pilot {position}, lr {lr:g}", steps) as advance:
+        for radius in (settings.radius, settings.radius / 3):
+            trainer = Trainer(model, data, looks, short.model_copy(update={"radius": radius}), None)
+            with progress(f"pilot {position}, radius {radius:g}", steps) as advance:
                 trainer.run(advance)
-            rows.append({"position": position, "lr": lr, **trainer.history[-1]})
+            rows.append({"position": position, "radius": radius, **trainer.history[-1]})
     rows.sort(key=lambda row: -row["auc"])  # ranking is steadier than rates after so few steps
     table = Table(
         "position",
-        "lr",
+        "radius",
         "AUC",
         "harmful refused",
         "benign answered",
@@ -175,6 +171,6 @@ def _place(
     )
     for row in rows:
         rates = (row["auc"], row["harmful_refusal"], row["benign_compliance"])
-        table.add_row(row["position"], f"{row['lr']:g}", *(f"{x:.2f}" for x in rates))
+        table.add_row(row["position"], f"{row['radius']:g}", *(f"{x:.2f}" for x in rates))
     console.print(table)
-    return rows[0]["position"], rows[0]["lr"], rows
+    return rows[0]["position"], rows[0]["radius"], rows

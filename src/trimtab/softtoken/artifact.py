@@ -7,6 +7,7 @@ or a truncated or edited file, is an error that says what differs.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class SoftToken:
         """Hash of the saved tensor: the token's identity."""
         return hashlib.sha256(save_tensors({"vectors": self.vectors.contiguous()})).hexdigest()
 
-    def render(self, model: Model, messages: str | list[Message], *, prefill: str = "") -> Prompt:
+    def render(self, model: Model, messages: str | Sequence[Message], *, prefill: str = "") -> Prompt:
         """Ids of a conversation with this token in its place."""
         return render(
             model,
@@ -139,6 +140,11 @@ class SoftToken:
             ) from None
         except (ValidationError, TypeError) as error:
             raise ArtefactError(f"{path / 'token.json'} is damaged: {error}", "Train the token again.") from None
+        if identity.format != FORMAT:
+            raise ArtefactError(
+                f"{path / 'token.json'} has format {identity.format}, this trimtab reads format {FORMAT}.",
+                "Use the version of trimtab that wrote it.",
+            )
         found = hashlib.sha256(data).hexdigest()
         if found != identity.sha256:
             raise ArtefactError(

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from trimtab.chat import Position, render, reply_ids
@@ -28,8 +29,11 @@ from trimtab.prompts.records import Group, Record, Sample
 from trimtab.refusal import opening_log_odds
 from trimtab.run import progress, write
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
+from trimtab.softtoken.optimiser import NaturalGradient
 
 WINDOW = 8  # batches that are sorted by length together
+START_SCALE = 6.0
+CALIBRATION_SHARE = 0.2  # of the radius
 Validation = dict[Group, list[float]]
 
 
@@ -37,13 +41,14 @@ class Examples:
     """Rendered requests whose part before the slot is already read.
 
     Attributes:
-        groups: group of each request. tails: ids from the slot on.
+        groups: group of each request. tails: ids from the slot on. lengths: of whole prompts.
     """
 
     def __init__(self, model: Model, records: Sequence[Record], position: Position, n_tokens: int, title: str) -> None:
         prompts = [render(model, r.chat, position=position, n_tokens=n_tokens) for r in records]
         self.groups: list[Group] = [r.group for r in records]
         self.tails = [p.ids[p.slot :] for p in prompts]
+        self.lengths = [len(p.ids) for p in prompts]
         with progress(title, len(prompts)) as advance:
             self.prefixes = Prefixes(model, [p.ids[: p.slot] for p in prompts], progress=advance)
 
@@ -111,7 +116,7 @@ def batches(examples: Examples, batch: int, seed: int) -> Callable[[int], list[i
             size = len(pools[group])  # type: ignore[index]
             first = number * WINDOW * share
             drawn = [epoch(group, n // size)[n % size] for n in range(first, first + WINDOW * share)]
-            drawn.sort(key=lambda i: (len(examples.tails[i]), i))
+            drawn.sort(key=lambda i: (examples.lengths[i], i))
             for place, step in enumerate(order):
                 steps[step] += drawn[place * share : (place + 1) * share]
         return steps
@@ -146,8 +151,7 @@ def validate(model: Model, examples: Examples, vectors: Tensor) -> Validation:
     """Refusal log-odds of the validation requests, by group."""
     found: Validation = {"harmful": [], "borderline": [], "plain": []}
     with slot(model, vectors):
-        lengths = [len(t) + n for t, n in zip(examples.tails, examples.prefixes.lengths, strict=True)]
-        for chunk in by_length(lengths, 48):
+        for chunk in by_length(examples.lengths, 48):
             scores = opening_log_odds(model, [examples.tails[i] for i in chunk], examples.prefixes.past(chunk))
             for i, score in zip(chunk, scores.tolist(), strict=True):
                 found[examples.groups[i]].append(score)
@@ -169,39 +173,41 @@ def summary(scores: Validation) -> dict[str, float]:
 
 
 def initial(model: Model, n_tokens: int, seed: int) -> Tensor:
-    """Start `[n_tokens, hidden]`, float32: the mean row plus noise as wide as the table's own (random beat text in published ablations)."""
-    table: Tensor = model.embedding.weight.detach()  # type: ignore[union-attr, operator]
+    """Start `[n_tokens, hidden]`, float32: the mean row plus noise, `START_SCALE` times as wide as the table's own.
+
+    Random beat text in published ablations, and trained vectors are all far longer than ordinary rows.
+    """
+    table: Tensor = model.embedding.weight.detach()  # type: ignore[operator]
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(n_tokens, model.hidden_size, generator=generator).to(model.device)
-    return table.float().mean(0) + noise * table.float().std()
+    return START_SCALE * (table.float().mean(0) + noise * table.float().std())
 
 
 class Trainer:
-    """The state of a training run: vector, optimiser, best vector so far, history. All of it goes into a checkpoint."""
+    """The state of a training run: vectors, optimiser, best vectors so far, history. All of it goes into a checkpoint."""
 
     def __init__(
         self, model: Model, data: TrainingSet, validation: Examples, settings: AlignSettings, folder: Path | None
     ) -> None:
         self.model, self.data, self.validation, self.settings, self.folder = model, data, validation, settings, folder
-        self.vectors = initial(model, settings.tokens, settings.seed).requires_grad_(True)
-        self.optimiser = torch.optim.Adam([self.vectors], lr=settings.lr)
+        self.vectors = initial(model, settings.tokens, settings.seed)
+        self.optimiser = NaturalGradient(self.vectors, settings.damping)
         self.step = 0
-        self.best, self.best_score = self.vectors.detach().clone(), -1.0
+        self.best, self.best_score = self.vectors.clone(), -1.0
         self.history: list[dict[str, Any]] = []
         self.pick = batches(data.examples, settings.batch, settings.seed)
 
-    def rate(self) -> float:
-        """Learning rate of this step: five steps of warm-up, then a cosine down to a twentieth."""
+    def radius(self) -> float:
+        """How far this step may go, in nats: five steps of warm-up, then a cosine down to a twentieth."""
         s = self.settings
         cosine = 0.5 * (1 + math.cos(math.pi * self.step / s.steps))
-        return s.lr * min(1.0, (self.step + 1) / 5) * (0.05 + 0.95 * cosine)
+        return s.radius * min(1.0, (self.step + 1) / 5) * (0.05 + 0.95 * cosine)
 
     def run(self, advance: Callable[[], None]) -> None:
         """Train to the end, looking at the validation split every `eval_every` steps. Ctrl-C leaves a checkpoint."""
         try:
             while self.step < self.settings.steps:
-                self._step(self.rate(), self.settings.benign_weight)
-                self.step += 1
+                self.take_step(self.radius(), self.settings.benign_weight)
                 if self.step % self.settings.eval_every == 0 or self.step == self.settings.steps:
                     self._look()
                     self.checkpoint()
@@ -211,7 +217,7 @@ class Trainer:
             raise
 
     def calibrate(self) -> None:
-        """A few small steps from the best vector towards equal rates of refused harmful and answered benign requests.
+        """A few small steps from the best vectors towards equal rates of refused harmful and answered benign requests.
 
         The losses' weights are tilted against the side that does too well; what is best on validation stays.
         """
@@ -219,57 +225,57 @@ class Trainer:
         first = next((h for h in self.history if h.get("harmonic_mean") == self.best_score), None)
         if s.calibration_steps == 0 or first is None:
             return
-        gap = first["harmful_refusal"] - first["benign_compliance"]
-        weight = s.benign_weight + (1 - s.benign_weight) / 2 * (gap > 0) - s.benign_weight / 2 * (gap <= 0)
-        with torch.no_grad():
-            self.vectors.copy_(self.best)
-        self.optimiser = torch.optim.Adam([self.vectors], lr=s.lr)
+        too_strict = first["harmful_refusal"] > first["benign_compliance"]
+        weight = (s.benign_weight + 1) / 2 if too_strict else s.benign_weight / 2
+        self.vectors.copy_(self.best)
         half = max(1, s.calibration_steps // 2)
         with progress("calibrating", s.calibration_steps) as advance:
             for i in range(1, s.calibration_steps + 1):
-                self._step(s.lr * 0.1, weight)
-                self.step += 1
+                self.take_step(s.radius * CALIBRATION_SHARE, weight)
                 if i % half == 0:
                     self._look(calibration=True)
                 advance()
 
-    def _step(self, rate: float, weight: float) -> None:
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        loss, harmful, benign = batch_loss(
-            self.model, self.data, self.pick(self.step), self.vectors, self.settings, weight
-        )
-        self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_([self.vectors], 1.0)
-        self.optimiser.step()
+    def take_step(self, radius: float, weight: float) -> None:
+        """One step of at most `radius` nats with benign weight `weight`."""
+        rows = self.pick(self.step)
+        # A copy for each row: its gradient is the sample's own, which the optimiser needs.
+        copies = self.vectors.expand(len(rows), *self.vectors.shape).clone().requires_grad_(True)
+        loss, harmful, benign = batch_loss(self.model, self.data, rows, copies, self.settings, weight)
+        (gradients,) = torch.autograd.grad(loss, copies)
+        self.optimiser.step(self.vectors, gradients * len(rows), radius)
+        self.step += 1
         self.history.append(
             {
-                "step": self.step + 1,
+                "step": self.step,
                 "loss": float(loss.detach()),
                 "harmful_loss": float(harmful.mean()),
                 "benign_loss": float(benign.mean()),
-                "norm": float(self.vectors.detach().norm(dim=1).mean()),
+                "norm": float(self.vectors.norm(dim=1).mean()),
             }
         )
 
     def _look(self, **note: Any) -> None:
-        """Measure on the validation split and keep the vector if it is the best so far."""
-        found = summary(validate(self.model, self.validation, self.vectors.detach()))
+        """Measure on the validation split and keep the vectors if they are the best so far."""
+        found = summary(validate(self.model, self.validation, self.vectors))
         self.history[-1].update(found, **note)
         if found["harmonic_mean"] > self.best_score:
-            self.best, self.best_score = self.vectors.detach().clone(), found["harmonic_mean"]
+            self.best, self.best_score = self.vectors.clone(), found["harmonic_mean"]
 
     def checkpoint(self) -> None:
-        """Write everything that a resumed run needs to go on with the same bits."""
+        """Write everything that a resumed run needs to go on with the same bits.
+
+        One file, so that tensors and step can never disagree after a kill.
+        """
         if self.folder is None:
             return
-        state = self.optimiser.state[self.vectors]
-        tensors = {"vectors": self.vectors.detach(), "best": self.best}
-        if state:
-            tensors |= {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
         meta = {"step": self.step, "best_score": self.best_score, "history": self.history}
-        # One file, so that tensors and step can never disagree after a kill.
+        tensors = {
+            "vectors": self.vectors,
+            "best": self.best,
+            "fisher": self.optimiser.fisher,
+            "momentum": self.optimiser.momentum,
+        }
         write(self.folder / "checkpoint.safetensors", save(tensors, {"state": json.dumps(meta)}))
 
     def resume(self) -> bool:
@@ -278,26 +284,13 @@ class Trainer:
         if path is None or not path.exists():
             return False
         try:
-            tensors = load_file(path)
-            meta = _metadata(path)
+            with safe_open(path, "pt") as file:
+                meta: dict[str, Any] = json.loads(file.metadata()["state"])
+                tensors = {key: file.get_tensor(key).to(self.vectors.device) for key in file.keys()}  # noqa: SIM118
         except Exception as error:  # safetensors raises its own kinds for damaged files
             raise RunError(f"{path} cannot be read: {error}", "Delete it to train from the start.") from None
-        with torch.no_grad():
-            self.vectors.copy_(tensors["vectors"])
-        self.best, self.best_score = tensors["best"].to(self.vectors.device), meta["best_score"]
-        self.step, self.history = meta["step"], meta["history"]
-        if "exp_avg" in tensors:
-            self.optimiser.state[self.vectors] = {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": tensors["exp_avg"].to(self.vectors.device),
-                "exp_avg_sq": tensors["exp_avg_sq"].to(self.vectors.device),
-            }
+        self.vectors, self.best = tensors["vectors"], tensors["best"]
+        self.optimiser.fisher, self.optimiser.momentum = tensors["fisher"], tensors["momentum"]
+        self.step, self.history, self.best_score = meta["step"], meta["history"], meta["best_score"]
+        self.optimiser.steps = self.step
         return True
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        meta: dict[str, Any] = json.loads(file.metadata()["state"])
-    return meta

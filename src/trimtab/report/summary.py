@@ -1,0 +1,81 @@
+"""What a run is told on the terminal: rates before and after, and a few replies. The whole story is in report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from trimtab.evaluation.run import evaluate
+from trimtab.evaluation.suites import Suite, stratified
+from trimtab.models import Model
+from trimtab.prompts.records import Record
+from trimtab.prompts.sources import split_records
+from trimtab.report.build import build
+from trimtab.run import console, read_json
+from trimtab.softtoken.artifact import SoftToken
+
+HARMFUL_WORDS = 25  # replies to harmful requests are shown no longer than this
+
+
+def check_and_report(model: Model, token: SoftToken, records: Sequence[Record], run: Path, n: int) -> dict[str, Any]:
+    """Compare before and after on `n` held-out prompts, write `report.html`, and sum up for the terminal and `--json`."""
+    manifest = read_json(run / "manifest.json")
+    result: dict[str, Any] = {"run": str(run), **{k: manifest[k] for k in ("token", "validation", "effect_kl", "cost")}}
+    held_out = [r for r in split_records(records) if r.split == "test"]
+    if n and held_out:
+        chosen = stratified(held_out, n)
+        suite = Suite("held-out", tuple(chosen), len(held_out))
+        result["check"] = evaluate(model, [suite], token=token, out=run / "eval", compare=True, max_new_tokens=40)
+        print_results(result["check"])
+        _print_pairs(read_json(run / "eval" / "rows.json")["held-out"])
+    result["report"] = str(build([run], run / "report.html"))
+    cost = manifest["cost"]
+    console.print(
+        f"{manifest['token']['numbers']} numbers trained in {cost['train_seconds']:.0f} s on {cost['device']} "
+        f"(and {cost['prepare_seconds']:.0f} s to prepare). Report: {result['report']}"
+    )
+    return result
+
+
+def print_results(result: Mapping[str, Any]) -> None:
+    """A table of refusal rates with intervals; before and after where both were measured."""
+    table = Table("suite", "prompts", "judge", "n", *(["before"] if "base" in result else []), "refused", "95 %")
+    for name, suite in result["suites"].items():
+        for label in ("harmful", "benign"):
+            if label not in suite:
+                continue
+            for group in suite[label]["groups"]:
+                for judge, found in suite[label]["groups"][group].items():
+                    low, high = found["ci95"]
+                    before = []
+                    if "base" in result:
+                        before = [
+                            percent(result["base"]["suites"][name][label]["groups"][group][judge]["refusal_rate"])
+                        ]
+                    row = [name, group, judge, str(found["n"]), *before, percent(found["refusal_rate"])]
+                    table.add_row(*row, f"{100 * low:.0f}-{100 * high:.0f}")
+    console.print(table)
+    for name, value in result["auc"].items():
+        console.print(f"AUC of refusal log-odds, {name}: {value:.3f}")
+
+
+def percent(rate: float | None) -> str:
+    return "unscored" if rate is None else f"{100 * rate:.1f} %"
+
+
+def _print_pairs(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One reply before and after for each group."""
+    for group in ("harmful", "borderline", "plain"):
+        row = next((r for r in rows if r["group"] == group), None)
+        if row is None:
+            continue
+        console.print(f"\n[bold]{group}[/bold]: {escape(row['prompt'])}")
+        for arm, name in (("base", "before"), ("token", "after ")):
+            words = row[arm]["reply"].split()
+            console.print(
+                f"  {name}: {escape(' '.join(words[:HARMFUL_WORDS]))}{' ...' if len(words) > HARMFUL_WORDS else ''}"
+            )

@@ -1,0 +1,91 @@
+"""Statistics against published and hand-computed values."""
+
+from __future__ import annotations
+
+from math import isnan, nan
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.evaluation.metrics import auc, harmonic_mean, mcnemar, wilson
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [
+        # Newcombe 1998, table I.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilson(hits: int, n: int, low: float, high: float) -> None:
+    assert wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_is_symmetric_and_holds_the_rate(n: int, data: st.DataObject) -> None:
+    hits = data.draw(st.integers(0, n))
+    low, high = wilson(hits, n)
+    assert 0 <= low <= hits / n + 1e-12 <= high + 2e-12 <= 1 + 2e-12
+    assert wilson(n - hits, n) == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (5, 0, 2 / 2**5),
+        (0, 10, 2 / 2**10),
+        (1, 5, 2 * (1 + 6) / 2**6),
+        (3, 3, 1.0),
+        (2, 8, 2 * (1 + 10 + 45) / 2**10),
+    ],
+)
+def test_mcnemar_counts_only_what_changed(gained: int, lost: int, p: float) -> None:
+    before = [False] * gained + [True] * lost + [True, False] * 7
+    after = [True] * gained + [False] * lost + [True, False] * 7
+    assert mcnemar(before, after) == pytest.approx(p)
+
+
+def test_mcnemar_refuses_unpaired_data() -> None:
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        mcnemar([True, False], [True])
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "value"),
+    [
+        ([2, 3], [0, 1], 1.0),
+        ([0, 1], [2, 3], 0.0),
+        ([1, 3], [0, 2], 0.75),
+        ([1, 1], [1, 1, 1], 0.5),
+        ([1, 2], [1, 0], (0.5 + 1 + 1 + 1) / 4),
+    ],
+)
+def test_auc(positive: list[float], negative: list[float], value: float) -> None:
+    assert auc(positive, negative) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("positive", "negative"), [([], [1.0]), ([1.0], []), ([nan, 1.0], [0.0]), ([1.0], [0.0, nan])])
+def test_auc_is_unknown_without_scores(positive: list[float], negative: list[float]) -> None:
+    assert isnan(auc(positive, negative))
+
+
+scores = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=12)
+
+
+@given(scores, scores)
+def test_auc_is_the_share_of_pairs_in_order(positive: list[float], negative: list[float]) -> None:
+    pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
+    assert auc(positive, negative) == pytest.approx(sum(pairs) / len(pairs))
+
+
+@pytest.mark.parametrize(("a", "b", "value"), [(0, 0, 0), (0, 1, 0), (1, 1, 1), (0.5, 1, 2 / 3)])
+def test_harmonic_mean(a: float, b: float, value: float) -> None:
+    assert harmonic_mean(a, b) == pytest.approx(value)

@@ -1,0 +1,182 @@
+"""Reading prompts: what is accepted, and errors that name file, line and field."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.errors import DataError
+from trimtab.prompts.records import Record
+from trimtab.prompts.sources import load_prompts, read_jsonl, require_both_labels, split_records
+
+GOOD = '{"prompt": "Hi", "label": "benign"}'
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def record(i: int = 0, **fields: Any) -> Record:
+    return Record(**{"id": str(i), "prompt": f"prompt {i}", "label": "benign", **fields})
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", r"line 3: not JSON"),
+        ('["Hi"]', r"line 3: a list, not an object"),
+        ('{"label": "benign"}', r"line 3, field prompt: missing or empty"),
+        ('{"prompt": "  ", "label": "benign"}', r"line 3, field prompt: missing or empty"),
+        ('{"prompt": null, "messages": [], "label": "benign"}', r"line 3, field prompt: missing or empty"),
+        ('{"prompt": 7, "label": "benign"}', r"line 3, field prompt: input should be a valid string"),
+        ('{"prompt": "Hi"}', r"line 3, field label: field required"),
+        ('{"prompt": "Hi", "label": "safe"}', r"line 3, field label: .*\n  Labels are harmful and benign."),
+        ('{"prompt": "Hi", "label": "benign", "group": "odd"}', r"line 3, field group: "),
+        ('{"prompt": "Hi", "label": "benign", "split": "dev"}', r"line 3, field split: "),
+        ('{"messages": ["Hi"], "label": "benign"}', r"line 3, field messages\.0: "),
+        ('{"id": 4, "prompt": "Hi", "label": "benign"}', r"line 3, field id: "),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file_number_and_field(tmp_path: Path, line: str, says: str) -> None:
+    path = write(tmp_path / "some.jsonl", GOOD, "", line)
+    with pytest.raises(DataError, match=f"^{path}, {says}"):
+        load_prompts(path)
+
+
+def test_the_same_id_twice_is_refused(tmp_path: Path) -> None:
+    rows = [json.dumps({"id": i, "prompt": i, "label": "benign"}) for i in "abcb"]
+    with pytest.raises(DataError, match=r"some\.jsonl: 2 rows have the id 'b'"):
+        load_prompts(write(tmp_path / "some.jsonl", *rows))
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    write(tmp_path / "harmful.jsonl", GOOD)
+    with pytest.raises(DataError, match=r"no file .*harmfull\.jsonl\.\n  Did you mean harmful\.jsonl\?"):
+        load_prompts(tmp_path / "harmfull.jsonl")
+    with pytest.raises(DataError, match=r"no file .*\n  Give builtin or a \.jsonl file\."):
+        load_prompts(tmp_path / "nowhere" / "x.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe{"])
+def test_an_empty_or_binary_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"some\.jsonl"):
+        load_prompts(path)
+
+
+def test_a_folder_is_no_prompt_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot read"):
+        load_prompts(tmp_path)
+
+
+def test_what_a_line_may_leave_out(tmp_path: Path) -> None:
+    lines = ['{"prompt": "A", "label": "harmful", "group": null, "target": "Sure"}', "", GOOD]
+    first, second = load_prompts(write(tmp_path / "mine.jsonl", *lines))
+    assert (first.id, first.group, first.chat) == ("mine-00001", "harmful", [{"role": "user", "content": "A"}])
+    assert (second.id, second.group, second.split) == ("mine-00003", "plain", None)
+
+
+def test_a_conversation_is_kept_whole(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    (found,) = load_prompts(write(tmp_path / "a.jsonl", json.dumps({"messages": turns, "label": "benign"})))
+    assert found.chat == turns
+    assert found.text == "Hi"
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), ascii_only=st.booleans())
+def test_every_prompt_comes_back_as_it_was(tmp_path: Path, text: str, ascii_only: bool) -> None:
+    line = json.dumps({"prompt": text, "label": "benign"}, ensure_ascii=ascii_only)
+    assert [r.prompt for r in read_jsonl(write(tmp_path / "a.jsonl", line, GOOD))] == [text, "Hi"]
+
+
+def test_builtin_splits() -> None:
+    everything = load_prompts("builtin")
+    parts = {split: load_prompts(f"builtin:{split}") for split in ("train", "validation", "test")}
+    assert sum(map(len, parts.values())) == len(everything)
+    for split, records in parts.items():
+        assert {r.split for r in records} == {split}
+        assert records == load_prompts("builtin", split=split)
+    with pytest.raises(DataError, match=r"builtin has no split 'tset'\.\n  Did you mean test\?"):
+        load_prompts("builtin:tset")
+
+
+def test_splits_keep_topics_whole_and_stay_when_rows_are_added() -> None:
+    records = [record(i, topic=f"topic {i % 97}") for i in range(970)]
+    found = split_records(records)
+    by_topic = {r.topic: r.split for r in found}
+    assert all(r.split == by_topic[r.topic] for r in found)
+    assert split_records(records[:50]) == found[:50]
+    shares = [sum(s == split for s in by_topic.values()) / 97 for split in ("train", "validation", "test")]
+    assert shares == pytest.approx([0.7, 0.1, 0.2], abs=0.1)
+    # Fixed for ever: a changed hash would leak test prompts into training.
+    assert [r.split[:2] for r in found[:12]] == ["tr", "te", "te", "tr", "te", "va", "tr", "tr", "va", "te", "tr", "te"]
+
+
+def test_a_given_split_is_kept_and_without_topics_the_prompt_decides() -> None:
+    assert split_records([record(split="test", topic="topic 0")])[0].split == "test"
+    same = split_records([record(1, prompt="same words"), record(2, prompt="same words")])
+    assert same[0].split == same[1].split
+
+
+@pytest.mark.parametrize("label", ["harmful", "benign"])
+def test_both_labels_are_needed(label: str) -> None:
+    other = "benign" if label == "harmful" else "harmful"
+    with pytest.raises(DataError, match=f"x.jsonl holds no {other} prompts .*'{label}': 3"):
+        require_both_labels([record(i, label=label) for i in range(3)], "x.jsonl")
+    require_both_labels([record(0, label="harmful"), record(1)], "x.jsonl")  # does not raise
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("hf:owner/set", "names no revision"),
+        ("hf:owner/set:train", "names no revision"),
+        ("hf:set@1", "is no hub data set"),
+        ("hf:owner/set@1:train:2", "is no hub data set"),
+    ],
+)
+def test_a_hub_set_needs_a_revision(name: str, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        load_prompts(name)
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=answer))
+
+
+def test_a_hub_set_is_read_at_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, *, revision: str, split: str) -> list[dict[str, Any]]:
+        asked.append((name, revision, split))
+        return [{"prompt": "Hi", "label": "benign", "extra": 1}]
+
+    fake_datasets(monkeypatch, load_dataset)
+    (found,) = load_prompts("hf:own-er/some.set@abc123:test")
+    load_prompts("hf:own-er/some.set@abc123")
+    assert asked == [("own-er/some.set", "abc123", "test"), ("own-er/some.set", "abc123", "train")]
+    assert (found.id, found.prompt) == ("own-er/some.set-00000", "Hi")
+
+
+def test_trouble_with_a_hub_set_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("offline")
+
+    fake_datasets(monkeypatch, unreachable)
+    with pytest.raises(DataError, match="cannot load hf:a/b@c: ConnectionError: offline"):
+        load_prompts("hf:a/b@c")
+    fake_datasets(monkeypatch, lambda *_, **__: [{"prompt": "Hi"}])
+    with pytest.raises(DataError, match="hf:a/b@c, row 0, field label"):
+        load_prompts("hf:a/b@c")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"need the package datasets\.\n  pip install 'trimtab\[data\]'"):
+        load_prompts("hf:a/b@c")
