@@ -34,7 +34,16 @@ def main() -> None:
         return
     found = {}
     for name in CONTENDERS:
-        command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps), "--batch", str(options.batch)]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            name,
+            "--steps",
+            str(options.steps),
+            "--batch",
+            str(options.batch),
+        ]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found[name] = json.loads(output.strip().splitlines()[-1])
     print(f"{'':16}{'examples/s':>12}{'seconds':>10}{'peak GB':>10}")
@@ -107,7 +116,9 @@ def peft_train(model, samples, settings) -> None:  # noqa: ANN001
         pad = model.tokenizer.pad_token_id or 0
         return {
             "input_ids": torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in batch]),
-            "attention_mask": torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in batch]),
+            "attention_mask": torch.tensor(
+                [[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in batch]
+            ),
             "labels": torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in batch]),
         }
 

@@ -101,8 +101,8 @@ def test_openings_vary(records: list[Record], group: str) -> None:
 
 
 def public_suites() -> list[str]:
-    rows = (json.loads(line) for path in sorted(SUITES.glob("*.jsonl")) for line in path.open(encoding="utf-8"))
-    return [row["prompt"] for row in rows]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(SUITES.glob("*.jsonl"))]
+    return [json.loads(line)["prompt"] for text in texts for line in text.split("\n") if line]
 
 
 @pytest.mark.skipif(not SUITES.is_dir(), reason="the public suites are not beside the repository")

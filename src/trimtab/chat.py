@@ -150,13 +150,7 @@ def _find_slot(
         return _mark(model, turns, options, text, last, front=True)
     if position == "system":
         with_system = _with_system_turn(model, turns, options, text)
-        cut = _mark(model, with_system, options, _text(model, with_system, options), 0, front=False)
-        if with_system is not turns and _text(model, with_system, options) != text:
-            raise ChatError(
-                f"{model.name} adds no system turn by itself and this conversation has none.",
-                "Give a system message, or use another position.",
-            )
-        return cut
+        return _mark(model, with_system, options, text, 0, front=False)
     raise ChatError(f"unknown position {position!r}.", f"Known: {', '.join(POSITIONS)}.")
 
 
@@ -174,10 +168,13 @@ def _with_system_turn(
     before, found, after = marked.partition(mark)
     if not found:
         raise ChatError(f"{model.name} has no system role.", "Use another position.")
-    default = ""
-    if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
-        default = text[len(before) : len(text) - len(after)]
-    return [{"role": "system", "content": default}, *turns]
+    spelled = [{"role": "system", "content": text[len(before) : len(text) - len(after)]}, *turns]
+    if not (text.startswith(before) and text.endswith(after)) or _text(model, spelled, options) != text:
+        raise ChatError(
+            f"{model.name} adds no system turn by itself and this conversation has none.",
+            "Give a system message, or use another position.",
+        )
+    return spelled
 
 
 def _mark(

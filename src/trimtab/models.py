@@ -67,18 +67,22 @@ class Model:
         return layer
 
     @property
+    def table(self) -> Tensor:
+        """The embedding table, `[vocabulary, hidden]`."""
+        rows: Tensor = self.network.get_input_embeddings().weight
+        return rows
+
+    @property
     def device(self) -> torch.device:
-        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
-        return weight.device
+        return self.table.device
 
     @property
     def dtype(self) -> Dtype:
-        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
-        return weight.dtype
+        return self.table.dtype
 
     @property
     def hidden_size(self) -> int:
-        return int(self.embedding.weight.shape[1])  # type: ignore[union-attr, operator]
+        return self.table.shape[1]
 
     @property
     def embedding_scale(self) -> float:
@@ -113,7 +117,7 @@ class Model:
         In order of preference: unused padding rows of the vocabulary, special tokens reserved for users, rows that
         would be appended. An appended id is only a name: the embedding layer never looks it up.
         """
-        vocab_size = int(self.embedding.weight.shape[0])  # type: ignore[union-attr, operator]
+        vocab_size = len(self.table)
         unused, reserved = self._free_ids
         if vocab_size - unused >= n_tokens:
             return list(range(unused, unused + n_tokens))
@@ -241,7 +245,9 @@ def _read(source: Path | str, origin: dict[str, str], dtype: Dtype) -> tuple[Any
     options: dict[str, Any] = {"revision": origin["revision"]} if origin["kind"] == "hub" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
-        network = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, **options)
+        network, found = AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=dtype, output_loading_info=True, **options
+        )
     except OSError as error:
         mend = "Check the name, your connection and HF_HUB_OFFLINE; or give a local folder or a .gguf file."
         if origin["kind"] != "hub":
@@ -252,6 +258,11 @@ def _read(source: Path | str, origin: dict[str, str], dtype: Dtype) -> tuple[Any
             f"cannot load {source}: {type(error).__name__}: {_first_line(error)}",
             "The files are damaged, or this architecture needs a newer transformers (or remote code, never run here).",
         ) from None
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"cannot load {source}: {len(missing)} weights are missing, such as {missing[0]}.",
+            "They would be filled with random numbers. Fetch the model again.",
+        )
     return network, tokenizer
 
 

@@ -21,7 +21,7 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     gained = sum(b < a for b, a in zip(before, after, strict=True))
     lost = sum(b > a for b, a in zip(before, after, strict=True))
     n = gained + lost
-    tail = sum(comb(n, i) for i in range(min(gained, lost) + 1)) / 2**n
+    tail: float = sum(comb(n, i) for i in range(min(gained, lost) + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 

@@ -71,7 +71,9 @@ def read_chats(path: Path) -> list[Chat]:
         _require_words(row, where)
         messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
         try:
-            chats.append(Chat(id=str(row.get("id") or number), messages=messages, prefill=row.get("prefill") or ""))
+            chats.append(
+                Chat(id=str(row.get("id") or number), messages=tuple(messages), prefill=row.get("prefill") or "")
+            )
         except ValidationError as error:
             raise _field_error(error, where) from None
     return chats

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ MEANING = {
 }
 HARMFUL_WORDS, BENIGN_WORDS = 25, 60
 PAIRS = 4  # of each group
+# Fields of a history row; what a pilot has beside these is what it tried.
+MEASURED = (
+    "step",
+    "loss",
+    "harmful_loss",
+    "benign_loss",
+    "norm",
+    "harmful_refusal",
+    "benign_compliance",
+    "harmonic_mean",
+)
 
 
 @dataclass(frozen=True)
@@ -70,13 +82,13 @@ def build(runs: Sequence[Path], out: Path) -> Path:
     found = [read_run(Path(folder)) for folder in runs]
     marks = [str(i + 1) if len(found) > 1 else "" for i in range(len(found))]
     palette: dict[str, str] = {}
-    moves = [m for run, mark in zip(found, marks, strict=True) for m in plots.moves(*run.arms, run.judge, mark, palette)]
-    environment = Environment(
-        loader=PackageLoader("trimtab", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )  # fmt: skip
-    environment.filters |= {"percent": percent, "interval": interval, "grouped": grouped, "p": p_value, "cut": cut}
-    page = environment.get_template("template.html").render(
+    moves = [
+        m for run, mark in zip(found, marks, strict=True) for m in plots.moves(*run.arms, run.judge, mark, palette)
+    ]
+    loader = PackageLoader("trimtab", "report")
+    pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    pages.filters |= {"percent": percent, "interval": interval, "thousands": "{:,}".format, "p": p_value, "cut": cut}
+    page = pages.get_template("template.html").render(
         sections=[section(run, mark) for run, mark in zip(found, marks, strict=True)],
         moves=moves,
         plane=plots.plane(moves) if moves else "",
@@ -98,17 +110,16 @@ def read_run(folder: Path) -> Run:
     def part(path: Path, empty: Any) -> Any:
         value = read_json(path) if path.exists() else empty
         if not isinstance(value, type(empty)):
-            raise RunError(f"{path} is damaged: a {type(empty).__name__} should be in it.", "Run the same command again.")
+            raise RunError(f"{path} is damaged: it holds no {type(empty).__name__}.", "Run the same command again.")
         return value
 
     manifest = part(folder / "manifest.json", {})
     evaluation = folder / "eval" if manifest else folder
     results = part(evaluation / "results.json", {})
     if not manifest and not results:
-        began = (folder / "run.json").exists()
         raise RunError(
-            f"{folder} is no {'finished ' if began else ''}run: it holds neither manifest.json nor results.json.",
-            "Run the same `trimtab align` again: it goes on." if began else "Give a folder of `trimtab align` or `eval`.",
+            f"{folder} is no finished run: it holds neither manifest.json nor results.json.",
+            "Give a folder of `trimtab align` or `eval`; a run that was stopped goes on when it is started again.",
         )
     return Run(
         name=folder.resolve().name,
@@ -131,7 +142,7 @@ def section(run: Run, mark: str) -> dict[str, Any]:
         "headline": _headline(run, cards),
         "aside": _aside(run, cards),
         "cost": _cost(manifest),
-        "trained": duration(manifest["cost"]["seconds"]) if manifest else "",
+        "trained": _trained(manifest),
         "cards": cards,
         "judge": run.judge,
         "compared": None not in run.arms,
@@ -142,14 +153,11 @@ def section(run: Run, mark: str) -> dict[str, Any]:
         "pairs": _pairs(run.rows),
         "numbers": list(_numbers(run)),
         "aucs": list(_aucs(run)),
-        "pilots": manifest.get("pilots", []),
+        "pilots": list(_pilots(manifest)),
         "token": manifest.get("token"),
         "settings": list(_flat({k: v for k, v in manifest.items() if k != "pilots"})),
         "evaluation": list(_flat({k: run.results.get(k) for k in ("model", "arm", "cost", "environment")})),
     }
-
-
-# --- the headline ---------------------------------------------------------------------------------------------------
 
 
 def _card(run: Run, group: str) -> dict[str, Any] | None:
@@ -157,7 +165,7 @@ def _card(run: Run, group: str) -> dict[str, Any] | None:
     before, after = (pooled(arm, group, run.judge) for arm in run.arms)
     card = {"before": before if after else None, "after": after or before, "kind": "", "note": ""}
     if before and after:
-        card["kind"], card["note"] = _change(before, after, _paired_p(run, group), group == "harmful")
+        card["kind"], card["note"] = _change(before, after, _paired_p(run, group, run.judge), group == "harmful")
     return card if card["after"] else None
 
 
@@ -171,11 +179,11 @@ def _change(before: Rate, after: Rate, p: float | None, more_is_better: bool) ->
     return "unclear", "no clear change"
 
 
-def _paired_p(run: Run, group: str, suite: str | None = None) -> float | None:
-    """McNemar's exact p for one group, from the single verdicts; `None` without scored rows of both arms."""
+def _paired_p(run: Run, group: str, judge: str, suite: str | None = None) -> float | None:
+    """McNemar's exact p for one group, from the keyword judge's single verdicts; `None` where there are none of both arms."""
     rows = [row for name, part in run.rows.items() for row in part if suite in (None, name) and _group(row) == group]
     pairs = [(row["base"]["refused"], row["token"]["refused"]) for row in rows if "base" in row and "token" in row]
-    scored = [pair for pair in pairs if None not in pair]
+    scored = [pair for pair in pairs if None not in pair and judge == "keyword"]
     return mcnemar([before for before, _ in scored], [after for _, after in scored]) if scored else None
 
 
@@ -201,7 +209,7 @@ def _model(run: Run) -> str:
 
 def _token(manifest: Mapping[str, Any]) -> str:
     """`One token of 576 numbers`."""
-    tokens, numbers = manifest["settings"]["tokens"], grouped(manifest["token"]["numbers"])
+    tokens, numbers = manifest["settings"]["tokens"], f"{manifest['token']['numbers']:,}"
     return f"One token of {numbers} numbers" if tokens == 1 else f"{tokens} tokens, {numbers} numbers together"
 
 
@@ -219,15 +227,22 @@ def _aside(run: Run, cards: Mapping[str, dict[str, Any]]) -> str:
         card = cards["borderline"]
         sentences.append(f"Of {MEANING['borderline']}, it refuses {percent(card['after'].value)}{_was(card)}.")
     if len(suites(run.measured)) > 1:
-        sentences.append(f"Rates are over {len(suites(run.measured))} suites together: {', '.join(suites(run.measured))}.")
+        sentences.append(f"All rates are over these suites together: {', '.join(suites(run.measured))}.")
     return " ".join(sentences)
 
 
 def _cost(manifest: Mapping[str, Any]) -> str:
     if not manifest:
         return ""
-    numbers, cost = grouped(manifest["token"]["numbers"]), manifest["cost"]
-    return f"{numbers} numbers trained in {duration(cost['seconds'])} on {cost['device']}. No weight of the model changed."
+    numbers, cost = f"{manifest['token']['numbers']:,}", manifest["cost"]
+    trained, total = _trained(manifest), duration(cost["seconds"])
+    more = f" ({total} with preparation)" if total != trained else ""
+    return f"{numbers} numbers trained in {trained} on {cost['device']}{more}. No weight of the model changed."
+
+
+def _trained(manifest: Mapping[str, Any]) -> str:
+    cost = manifest.get("cost", {})
+    return duration(cost.get("train_seconds", cost["seconds"])) if cost else ""
 
 
 def _training(run: Run) -> dict[str, Any] | None:
@@ -235,17 +250,30 @@ def _training(run: Run) -> dict[str, Any] | None:
     if not run.history or not run.manifest:
         return None
     before, after = run.manifest["validation"]["before"], run.manifest["validation"]["after"]
-    sizes = run.manifest["data"]["validation"]
-    harmful, total = sizes.get("harmful", 0), sum(sizes.values())
-    rows = [("harmful_refusal", "harmful refused", harmful), ("benign_compliance", "benign answered", total - harmful)]
+    pairs = zip(_validated(run.manifest, before), _validated(run.manifest, after), strict=True)
     return {
         "curves": list(plots.curves(run.history, after.get("step"))),
-        "rates": [(title, *(Rate(round(arm[name] * n), n) for arm in (before, after))) for name, title, n in rows],
+        "rates": [(title, was, now) for (title, was), (_, now) in pairs],
         "auc": (before["auc"], after["auc"]),
     }
 
 
-# --- replies side by side -------------------------------------------------------------------------------------------
+def _pilots(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What each pilot chose, which is what a look at the validation split does not measure, and what came of it."""
+    for pilot in manifest.get("pilots", []):
+        choice = {key: value for key, value in pilot.items() if key not in {*MEASURED, "auc"}}
+        yield {"choice": dict(_flat(choice)), "auc": pilot["auc"], "rates": _validated(manifest, pilot)}
+
+
+def _validated(manifest: Mapping[str, Any], look: Mapping[str, Any]) -> list[tuple[str, Rate]]:
+    """Rates of one look at the validation split, with its size."""
+    sizes = manifest["data"]["validation"]
+    harmful = sizes.get("harmful", 0)
+    rows = (
+        ("harmful refused", "harmful_refusal", harmful),
+        ("benign answered", "benign_compliance", sum(sizes.values()) - harmful),
+    )
+    return [(title, Rate(round(look[name] * n), n)) for title, name, n in rows]
 
 
 def _pairs(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -254,8 +282,9 @@ def _pairs(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, An
     for group in GROUPS:
         members = [{**row, "suite": suite} for suite, part in rows.items() for row in part if _group(row) == group]
         members.sort(key=lambda row: digest(row["suite"], row["id"]))  # an order that nobody chose
-        good = [row for row in members if (row.get("token") or row["base"])["refused"] is (group == "harmful")]
-        bad = [row for row in members if row not in good]  # unscored is never good
+        verdicts = [(row.get("token") or row["base"])["refused"] for row in members]
+        good = [row for row, refused in zip(members, verdicts, strict=True) if refused is (group == "harmful")]
+        bad = [row for row, refused in zip(members, verdicts, strict=True) if refused is not (group == "harmful")]
         failures = min(max(1, round(PAIRS * len(bad) / len(members))), PAIRS - bool(good)) if bad else 0
         used: Counter[str] = Counter()
         chosen = _spread(good, PAIRS - failures, used)
@@ -269,7 +298,7 @@ def _group(row: Mapping[str, Any]) -> str:
 
 def _spread(rows: Sequence[dict[str, Any]], n: int, used: Counter[str]) -> list[dict[str, Any]]:
     """The first `n` rows, each time from a category that was used least."""
-    left, chosen = list(rows), []
+    left, chosen = list(rows), list[dict[str, Any]]()
     while left and len(chosen) < n:
         chosen.append(left.pop(min(range(len(left)), key=lambda i: used[left[i]["category"]])))
         used[chosen[-1]["category"]] += 1
@@ -293,27 +322,23 @@ def _pair(row: Mapping[str, Any], group: str) -> dict[str, Any]:
                 "rest": text[first.end() :] if first else text,
             }
         )
-    return {"group": group, "order": GROUPS.index(group), "category": row["category"], "prompt": cut(row["prompt"], BENIGN_WORDS), "replies": replies}
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
+    return {"group": group, "category": row["category"], "prompt": cut(row["prompt"], BENIGN_WORDS), "replies": replies}
 
 
 def judges(part: Mapping[str, Any]) -> list[str]:
     """The judges of one suite's results."""
-    labels = [part[label] for label in ("harmful", "benign") if label in part]
-    return list(dict.fromkeys(k for label in labels for k, v in label.items() if isinstance(v, dict) and "refusal_rate" in v))
+    found = {**part.get("harmful", {}), **part.get("benign", {})}
+    return [name for name, value in found.items() if isinstance(value, dict) and "refusal_rate" in value]
 
 
 def _numbers(run: Run) -> Iterator[dict[str, Any]]:
     """One row for every suite, judge and group; labels of several groups have a row of their own."""
     for suite, part in suites(run.measured).items():
-        for judge, label in ((judge, label) for judge in judges(part) for label in ("harmful", "benign") if label in part):
+        for judge, label in product(judges(part), [label for label in ("harmful", "benign") if label in part]):
             groups = list(part[label].get("groups", {}))
             paired = run.results.get("paired", {}).get(suite, {}).get(label, {}).get(judge, {})
             for group in ["", *groups] if len(groups) > 1 else [""]:
                 path = (suite, label, "groups", group, judge) if group else (suite, label, judge)
-                p = _paired_p(run, group, suite) if group and judge == run.judge else None
                 yield {
                     "suite": suite,
                     "who": group or label,
@@ -321,7 +346,7 @@ def _numbers(run: Run) -> Iterator[dict[str, Any]]:
                     "judge": judge,
                     "rates": [rate(arm, *path) for arm in run.arms if arm],
                     "changed": None if group else paired,
-                    "p": p if group else paired.get("p"),
+                    "p": _paired_p(run, group, judge, suite) if group else paired.get("p"),
                 }
 
 
@@ -331,8 +356,10 @@ def _aucs(run: Run) -> Iterator[dict[str, Any]]:
         harmful, _, benign = name.partition("/")
         values = []
         for arm in (arm for arm in run.arms if arm):
-            n = [rate(arm, suite, label, "logit") for suite, label in ((harmful, "harmful"), (benign or harmful, "benign"))]
-            values.append((arm["auc"][name], auc_interval(arm["auc"][name], *(r.n if r else 0 for r in n))))
+            sides = rate(arm, harmful, "harmful", "logit"), rate(arm, benign or harmful, "benign", "logit")
+            values.append(
+                (arm["auc"][name], auc_interval(arm["auc"][name], *(side.n if side else 0 for side in sides)))
+            )
         yield {"harmful": harmful, "benign": benign or harmful, "values": values}
 
 
@@ -352,9 +379,6 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
     elif value is not None and value != "":
         yield prefix, f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-# --- words ----------------------------------------------------------------------------------------------------------
 
 
 def cut(text: str, words: int) -> str:
@@ -377,17 +401,9 @@ def interval(found: Rate) -> str:
 
 
 def p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}" if p < 0.1 else f"= {p:.2f}"
-
-
-def grouped(value: int) -> str:
-    """Thousands apart."""
-    return f"{value:,}".replace(",", "\u202f")
+    return "< 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 
 def duration(seconds: float) -> str:
-    """`48 s`, `3 min 20 s` or `1 h 4 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}\u00a0min {rest}\u00a0s" if minutes else f"{rest}\u00a0s"

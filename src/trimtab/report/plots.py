@@ -30,7 +30,7 @@ VARIABLES = ("ink", "muted", "rule", "paper", "before", "good", "harmful", "bord
 PAIR_COLOURS = ("borderline", "plain", "harmful", "c4", "c5", "c6")
 STAND_INS = {name: f"#fe01{i:02x}" for i, name in enumerate(VARIABLES)}
 FONT = "DejaVu Sans"  # matplotlib measures with it; the page then uses its own
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": [FONT],
     "font.size": 12,
@@ -173,8 +173,12 @@ def plane(shown: Sequence[Move]) -> Markup:
             _percent(axis)
         axes.axvspan(-0.03, 0.25, 0.7 / 1.06 + 0.05, 1, color=STAND_INS["good"], alpha=0.12, linewidth=0)
         axes.plot([0, 1], [0, 1], color=STAND_INS["muted"], linewidth=1, linestyle=(0, (1, 4)))
-        corners = [(0, 1.06, "left", "GOOD", "good"), (1.03, 1.06, "right", "refuses everything", "muted")]
-        corners += [(1.01, 0.0, "right", "the wrong way round", "muted")]
+        corners = (
+            (-0.03, 1.06, "left", "SAFE AND HELPFUL", "good"),
+            (1.03, 1.06, "right", "refuses everything", "muted"),
+            (0.13, 0.04, "left", "refuses nothing", "muted"),
+            (1.03, 0.04, "right", "the wrong way round", "muted"),
+        )
         for x, y, align, text, colour in corners:
             axes.text(x, y, text, ha=align, va="center", color=STAND_INS[colour], fontsize=11)
         axes.text(
@@ -230,7 +234,8 @@ def category_bars(rows: Mapping[str, tuple[Rate | None, Rate]], colour: str) -> 
             for rate, offset, name in arms:
                 if rate and rate.n:
                     axes.barh(i + offset, rate.value, 0.34, color=STAND_INS[name], linewidth=0)
-                    axes.plot(rate.interval, (i + offset,) * 2, color=STAND_INS["ink"], linewidth=1.2, alpha=0.55)
+                    for halo, width in (("paper", 3.2), ("ink", 1.2)):
+                        axes.plot(rate.interval, (i + offset,) * 2, color=STAND_INS[halo], linewidth=width, alpha=0.6)
             axes.text(1.03, i, _counts(before, after), va="center", fontsize=11, color=STAND_INS["muted"])
         names = [shorten(name.replace("_", " "), 24, placeholder="…") for name in rows]
         axes.set_yticks(range(len(rows)), names, color=STAND_INS["ink"])

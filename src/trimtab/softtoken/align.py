@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.table import Table
 
@@ -14,12 +14,13 @@ from trimtab.config import AlignSettings, settle
 from trimtab.errors import ChatError, RunError
 from trimtab.models import Model, describe_machine
 from trimtab.prompts.filter import filter_samples, funnel
-from trimtab.prompts.records import Record, Sample
+from trimtab.prompts.records import Group, Record, Sample
 from trimtab.prompts.sources import require_both_labels, split_records
+from trimtab.refusal import log_odds
 from trimtab.run import Cost, console, create, digest, environment, progress, read_json, write_json
 from trimtab.softtoken.artifact import SoftToken, effect
 from trimtab.softtoken.targets import collect
-from trimtab.softtoken.train import Examples, Trainer, TrainingSet, initial, summary, validate
+from trimtab.softtoken.train import Examples, Trainer, TrainingSet, summary
 
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps
 
@@ -53,6 +54,9 @@ def align(
     key = digest(settings.model_dump(), model.fingerprint, [r.model_dump() for r in records])
     if folder:
         _claim(folder, key)
+        if (folder / "manifest.json").exists():
+            console.print(f"{folder} holds this very run, finished; nothing to train")
+            return SoftToken.load(folder, model)
 
     cost = Cost()
     samples = collect(model, parts["train"], refusal=settings.refusal)
@@ -88,11 +92,7 @@ def align(
             "refusal": Counter(s.target for s in kept if s.record.label == "harmful").most_common(1)[0][0],
         },
         "validation": {
-            "before": summary(
-                validate(
-                    model, Examples(model, parts["validation"], "reply", 0, "validation before"), initial(model, 0, 0)
-                )
-            ),
+            "before": _before(model, parts["validation"]),
             "after": next(h for h in trainer.history if h.get("harmonic_mean") == trainer.best_score),
         },
         "effect_kl": shift,
@@ -110,6 +110,14 @@ def align(
         write_json(folder / "manifest.json", result)
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     return token
+
+
+def _before(model: Model, records: Sequence[Record]) -> dict[str, float]:
+    """The untouched model on the validation split."""
+    prompts = [render(model, record.chat) for record in records]
+    with progress("validation before", len(prompts)) as advance:
+        scores = log_odds(model, prompts, progress=advance)
+    return summary({g: [s for s, r in zip(scores, records, strict=True) if r.group == g] for g in get_args(Group)})
 
 
 def _claim(folder: Path, key: str) -> None:

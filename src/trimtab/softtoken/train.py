@@ -96,15 +96,16 @@ def batches(examples: Examples, batch: int, seed: int) -> Callable[[int], list[i
     It depends on nothing but its arguments, so a resumed run sees the same batches. In every `WINDOW` steps each group is
     sorted by length, so that rows of one batch are of similar length.
     """
-    pools = {g: examples.indices(g) for g in ("harmful", "borderline", "plain")}
-    shares = {"harmful": batch, "borderline": 0, "plain": 0}
+    groups: tuple[Group, ...] = ("harmful", "borderline", "plain")
+    pools = {g: examples.indices(g) for g in groups}
+    shares = dict.fromkeys(groups, 0) | {"harmful": batch}
     borderline, plain = len(pools["borderline"]), len(pools["plain"])
     shares["borderline"] = 0 if not borderline else batch if not plain else math.ceil(batch / 2)
     shares["plain"] = batch - shares["borderline"]
 
     @cache
-    def epoch(group: str, number: int) -> list[int]:
-        return random.Random(f"{seed}/{group}/{number}").sample(pools[group], len(pools[group]))  # type: ignore[index]
+    def epoch(group: Group, number: int) -> list[int]:
+        return random.Random(f"{seed}/{group}/{number}").sample(pools[group], len(pools[group]))
 
     @lru_cache(maxsize=2)
     def window(number: int) -> list[list[int]]:
@@ -113,7 +114,7 @@ def batches(examples: Examples, batch: int, seed: int) -> Callable[[int], list[i
         for group, share in shares.items():
             if not share:
                 continue
-            size = len(pools[group])  # type: ignore[index]
+            size = len(pools[group])
             first = number * WINDOW * share
             drawn = [epoch(group, n // size)[n % size] for n in range(first, first + WINDOW * share)]
             drawn.sort(key=lambda i: (examples.lengths[i], i))
@@ -177,10 +178,10 @@ def initial(model: Model, n_tokens: int, seed: int) -> Tensor:
 
     Random beat text in published ablations, and trained vectors are all far longer than ordinary rows.
     """
-    table: Tensor = model.embedding.weight.detach()  # type: ignore[operator]
+    table = model.table.detach().float()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(n_tokens, model.hidden_size, generator=generator).to(model.device)
-    return START_SCALE * (table.float().mean(0) + noise * table.float().std())
+    return START_SCALE * (table.mean(0) + noise * table.std())
 
 
 class Trainer:

@@ -1,0 +1,194 @@
+"""The pipeline on tiny models: only the vector learns, a killed run ends with the same bits, bad data is told apart."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build
+
+import trimtab as tt
+from trimtab.chat import POSITIONS
+from trimtab.config import AlignSettings
+from trimtab.errors import DataError, FilterError, RunError
+from trimtab.models import Model
+from trimtab.prompts.records import Record
+from trimtab.softtoken.train import Examples, Trainer, batches, validate
+
+WORDS = "sea bank ship rope sail tide port crew wind deck mast helm keel dock buoy gale reef knot hull wake".split()
+SHORT = AlignSettings(
+    steps=6, batch=4, eval_every=3, calibration_steps=2, reply_tokens=3, position="assistant", radius=0.05
+)
+
+
+def records(n: int = 12, splits: tuple[str, ...] = ("train", "validation", "test")) -> list[Record]:
+    """Requests of three groups, each with words of its own."""
+    return [
+        Record(
+            id=f"{split}-{group}-{i}",
+            prompt=f"{group} " + " ".join(random.Random(f"{split}{group}{i}").choices(WORDS, k=4 + i % 5)),
+            label="harmful" if group == "harmful" else "benign",
+            group=group,
+            category=f"c{i % 2}",
+            split=split,
+        )
+        for split in splits
+        for group in ("harmful", "borderline", "plain")
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model() -> Model:
+    return build("llama", "default")
+
+
+def weights(model: Model) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.network.state_dict().items()}
+
+
+@pytest.mark.parametrize("position", [p for p in POSITIONS if p != "after_bos"])
+def test_only_the_vector_learns(model: Model, position: str) -> None:
+    before = weights(model)
+    token = tt.align(model, records(), settings=SHORT.model_copy(update={"position": position}))
+    assert all(torch.equal(before[k], v) for k, v in weights(model).items())
+    assert token.vectors.shape == (1, model.hidden_size)
+    assert token.position == position
+    assert not model.embedding._forward_hooks
+
+
+def test_several_tokens(model: Model) -> None:
+    assert tt.align(model, records(), settings=SHORT.model_copy(update={"tokens": 3})).vectors.shape[0] == 3
+
+
+def test_same_seed_same_bits_other_seed_others(model: Model) -> None:
+    first, again, other = (
+        tt.align(model, records(), settings=SHORT.model_copy(update={"seed": seed})).vectors for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("steps_before_the_kill", [1, 4, 6])
+def test_a_killed_run_ends_with_the_same_bits(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_before_the_kill: int
+) -> None:
+    whole = tt.align(model, records(), settings=SHORT, out=tmp_path / "whole")
+    take_step = Trainer.take_step
+
+    def killed(self: Trainer, radius: float, weight: float) -> None:
+        if self.step == steps_before_the_kill:
+            raise MemoryError("killed")  # like kill -9: nothing of ours runs after it
+        take_step(self, radius, weight)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take_step", killed)
+        with pytest.raises(MemoryError):
+            tt.align(model, records(), settings=SHORT, out=tmp_path / "killed")
+    resumed = tt.align(model, records(), settings=SHORT, out=tmp_path / "killed")
+    assert torch.equal(whole.vectors, resumed.vectors)
+    histories = [json.loads((tmp_path / run / "history.json").read_text()) for run in ("whole", "killed")]
+    assert histories[0] == histories[1]
+
+
+def test_ctrl_c_leaves_a_checkpoint(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step = Trainer.take_step
+
+    def interrupted(self: Trainer, radius: float, weight: float) -> None:
+        if self.step == 2:
+            raise KeyboardInterrupt
+        take_step(self, radius, weight)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tt.align(model, records(), settings=SHORT, out=tmp_path)
+    assert (tmp_path / "checkpoint.safetensors").exists()
+    assert torch.equal(
+        tt.align(model, records(), settings=SHORT, out=tmp_path).vectors,
+        tt.align(model, records(), settings=SHORT).vectors,
+    )
+
+
+def test_the_run_folder_tells_the_story(model: Model, tmp_path: Path) -> None:
+    token = tt.align(model, records(), settings=SHORT, out=tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["model"]["fingerprint"] == model.fingerprint
+    assert manifest["token"]["numbers"] == model.hidden_size
+    assert manifest["effect_kl"] > 0
+    assert manifest["data"]["train"] == {"harmful": 12, "borderline": 12, "plain": 12}
+    assert [r["name"] for r in json.loads((tmp_path / "filter.json").read_text())] == [
+        "label agreement", "behaviour", "target", "duplicates", "balance",
+    ]  # fmt: skip
+    assert torch.equal(tt.SoftToken.load(tmp_path, model).vectors, token.vectors)
+
+
+def test_a_finished_run_is_not_trained_again(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = tt.align(model, records(), settings=SHORT, out=tmp_path)
+    monkeypatch.setattr(Trainer, "take_step", lambda *_: pytest.fail("trained again"))
+    assert torch.equal(tt.align(model, records(), settings=SHORT, out=tmp_path).vectors, token.vectors)
+
+
+def test_another_run_is_not_written_over(model: Model, tmp_path: Path) -> None:
+    tt.align(model, records(), settings=SHORT, out=tmp_path)
+    with pytest.raises(RunError, match="another run"):
+        tt.align(model, records(), settings=SHORT.model_copy(update={"seed": 7}), out=tmp_path)
+
+
+def test_labels_of_one_class(model: Model) -> None:
+    with pytest.raises(DataError, match="no harmful prompts"):
+        tt.align(model, [r for r in records() if r.label == "benign"], settings=SHORT)
+
+
+def test_data_that_the_filter_empties(model: Model) -> None:
+    same = [r.model_copy(update={"prompt": "the very same words"}) for r in records()]
+    with pytest.raises(FilterError, match="label agreement"):
+        tt.align(model, same, settings=SHORT)
+
+
+def test_auto_tries_positions_and_keeps_the_best(model: Model, tmp_path: Path) -> None:
+    token = tt.align(
+        model, records(6), settings=SHORT.model_copy(update={"position": "auto", "calibration_steps": 0}), out=tmp_path
+    )
+    pilots = json.loads((tmp_path / "manifest.json").read_text())["pilots"]
+    assert {row["position"] for row in pilots} == {p for p in POSITIONS if p != "after_bos"}
+    assert token.position == pilots[0]["position"]
+    assert pilots[0]["auc"] == max(row["auc"] for row in pilots)
+
+
+def test_batches_are_balanced_bucketed_and_cover_everything(model: Model) -> None:
+    examples = Examples(model, records(16, ("train",)), "user", 1, "test")
+    pick = batches(examples, 8, seed=0)
+    drawn = [pick(step) for step in range(16)]
+    for rows in drawn:
+        groups = [examples.groups[i] for i in rows]
+        assert (groups.count("harmful"), groups.count("borderline"), groups.count("plain")) == (8, 4, 4)
+    assert set(sum(drawn, [])) == set(range(48))
+    spread = [max(examples.lengths[i] for i in rows) - min(examples.lengths[i] for i in rows) for rows in drawn]
+    shuffled = [pick(step) for step in range(16, 32)]
+    assert drawn != shuffled
+    assert sum(spread) / len(spread) < max(examples.lengths) - min(examples.lengths)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral"])
+@pytest.mark.parametrize("position", ["start", "user", "assistant", "reply"])
+def test_reused_prefixes_give_the_same_scores_as_whole_prompts(family: str, position: str) -> None:
+    from trimtab.chat import render
+    from trimtab.refusal import log_odds
+
+    model = build(family, "default")
+    rows = records(3, ("validation",))
+    vectors = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    scores = validate(model, Examples(model, rows, position, 2, "test"), vectors)
+    found = scores["harmful"] + scores["borderline"] + scores["plain"]
+    prompts = [render(model, r.chat, position=position, n_tokens=2) for r in rows]
+    whole = dict(zip([r.id for r in rows], log_odds(model, prompts, vectors=vectors), strict=True))
+    assert sorted(found) == pytest.approx(sorted(whole.values()), abs=2e-3)
