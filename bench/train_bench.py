@@ -85,7 +85,7 @@ def measure(name: str, steps: int, batch: int) -> dict[str, float]:
     }
 
 
-def trimtab_train(model, samples, settings) -> None:  # noqa: ANN001
+def trimtab_train(model, samples, settings) -> None:
     """Prepare and train; no validation, which PEFT does not do either."""
     from trimtab.softtoken.train import Trainer, TrainingSet
 
@@ -95,7 +95,7 @@ def trimtab_train(model, samples, settings) -> None:  # noqa: ANN001
         trainer.take_step(settings.radius, settings.benign_weight)
 
 
-def peft_train(model, samples, settings) -> None:  # noqa: ANN001
+def peft_train(model, samples, settings) -> None:
     """`PromptTuningConfig(num_virtual_tokens=1)` and `Trainer`, labels on the same reply tokens."""
     import tempfile
 
@@ -111,7 +111,7 @@ def peft_train(model, samples, settings) -> None:  # noqa: ANN001
         reply = reply_ids(model, sample.target)[: settings.reply_tokens]
         rows.append({"input_ids": [*prompt, *reply], "labels": [-100] * len(prompt) + list(reply)})
 
-    def collate(batch):  # noqa: ANN001, ANN202
+    def collate(batch):
         width = max(len(row["input_ids"]) for row in batch)
         pad = model.tokenizer.pad_token_id or 0
         return {

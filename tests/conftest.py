@@ -60,7 +60,7 @@ FAMILIES = {
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "mistral": {"model_type": "mistral", "sliding_window": 8, "head_dim": 8},
+    "mistral": {"model_type": "mistral", "sliding_window": 20, "head_dim": 8},
 }
 
 

@@ -8,17 +8,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
 
 import trimtab as tt
+from conftest import build
 from trimtab.chat import POSITIONS
 from trimtab.config import AlignSettings
 from trimtab.errors import DataError, FilterError, RunError
 from trimtab.models import Model
 from trimtab.prompts.records import Record
-from trimtab.softtoken.train import Examples, Trainer, batches, validate
+from trimtab.softtoken.examples import Examples
+from trimtab.softtoken.train import Trainer, batches, validate
 
-WORDS = "sea bank ship rope sail tide port crew wind deck mast helm keel dock buoy gale reef knot hull wake".split()
+WORDS = [
+    "sea",
+    "bank",
+    "ship",
+    "rope",
+    "sail",
+    "tide",
+    "port",
+    "crew",
+    "wind",
+    "deck",
+    "mast",
+    "helm",
+    "keel",
+    "dock",
+    "buoy",
+    "gale",
+    "reef",
+    "knot",
+    "hull",
+    "wake",
+]
 SHORT = AlignSettings(
     steps=6, batch=4, eval_every=3, calibration_steps=2, reply_tokens=3, position="assistant", radius=0.05
 )
@@ -165,13 +187,13 @@ def test_auto_tries_positions_and_keeps_the_best(model: Model, tmp_path: Path) -
 
 
 def test_batches_are_balanced_bucketed_and_cover_everything(model: Model) -> None:
-    examples = Examples(model, records(16, ("train",)), "user", 1, "test")
+    examples = Examples(model, records(16, ("train",)), "test", position="user")
     pick = batches(examples, 8, seed=0)
     drawn = [pick(step) for step in range(16)]
     for rows in drawn:
-        groups = [examples.groups[i] for i in rows]
+        groups = [examples.group(i) for i in rows]
         assert (groups.count("harmful"), groups.count("borderline"), groups.count("plain")) == (8, 4, 4)
-    assert set(sum(drawn, [])) == set(range(48))
+    assert {i for rows in drawn for i in rows} == set(range(48))
     spread = [max(examples.lengths[i] for i in rows) - min(examples.lengths[i] for i in rows) for rows in drawn]
     shuffled = [pick(step) for step in range(16, 32)]
     assert drawn != shuffled
@@ -187,7 +209,7 @@ def test_reused_prefixes_give_the_same_scores_as_whole_prompts(family: str, posi
     model = build(family, "default")
     rows = records(3, ("validation",))
     vectors = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(0))
-    scores = validate(model, Examples(model, rows, position, 2, "test"), vectors)
+    scores = validate(model, Examples(model, rows, "test", position=position, n_tokens=2), vectors)
     found = scores["harmful"] + scores["borderline"] + scores["plain"]
     prompts = [render(model, r.chat, position=position, n_tokens=2) for r in rows]
     whole = dict(zip([r.id for r in rows], log_odds(model, prompts, vectors=vectors), strict=True))

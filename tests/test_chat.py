@@ -6,11 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import TEMPLATES, build
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.chat import POSITION_MEANING, POSITIONS, Prompt, as_messages, render, reply_ids, strip_thinking, template_hash
+from conftest import TEMPLATES, build
+from trimtab.chat import (
+    POSITION_MEANING,
+    POSITIONS,
+    Prompt,
+    as_messages,
+    render,
+    reply_ids,
+    strip_thinking,
+    template_hash,
+)
 from trimtab.errors import ChatError
 from trimtab.models import Model
 

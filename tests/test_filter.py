@@ -21,7 +21,9 @@ def sample(
 ) -> Sample:
     """Clear by default: harmful is refused, benign is answered."""
     harmful = label == "harmful"
-    record = Record(**{"id": name, "prompt": name, "label": label, "group": "harmful" if harmful else "plain", **fields})
+    record = Record(
+        **{"id": name, "prompt": name, "label": label, "group": "harmful" if harmful else "plain", **fields}
+    )
     return Sample(
         record,
         (3.0 if harmful else -3.0) if score is None else score,
@@ -146,7 +148,11 @@ def test_balance_cuts_the_larger_class_only() -> None:
 @pytest.mark.parametrize(
     ("spoil", "label", "rule"),
     [
-        (lambda s: s.record.label == "harmful" and sample("x", "harmful", prompt="wash a car for me"), "harmful", NAMES[0]),
+        (
+            lambda s: s.record.label == "harmful" and sample("x", "harmful", prompt="wash a CAR for me"),
+            "harmful",
+            NAMES[0],
+        ),
         (lambda s: s.record.label == "benign" and sample("x", score=9.0), "benign", NAMES[1]),
         (lambda s: s.record.label == "harmful" and sample("x", "harmful", target=ANSWER), "harmful", NAMES[2]),
         (lambda s: s.record.label == "benign" and sample("x", prompt="..."), "benign", NAMES[3]),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, build, naive_logits, vectors_for
 from safetensors.torch import load_file, save_file
 
+from conftest import FAMILIES, build, naive_logits, vectors_for
 from trimtab import models
 from trimtab.errors import ModelError
 from trimtab.models import MAX_TOKENS, Model, choose_device, load, slot

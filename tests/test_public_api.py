@@ -30,7 +30,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_functions_are_not_shadowed_by_modules_once_these_are_imported() -> None:
     import trimtab.evaluation.run
-    import trimtab.softtoken.align  # noqa: F401
+    import trimtab.softtoken.align
 
     assert callable(trimtab.align)
     assert callable(trimtab.evaluate)

@@ -8,8 +8,8 @@ from math import isnan, log, log1p, nan
 
 import pytest
 import torch
-from conftest import build, naive_logits, vectors_for
 
+from conftest import build, naive_logits, vectors_for
 from trimtab import refusal
 from trimtab.chat import render, reply_ids
 from trimtab.decoding.engine import Past
@@ -210,7 +210,11 @@ def brute_force(model: Model, ids: tuple[int, ...], openings: tuple[str, ...], v
 @pytest.mark.parametrize("openings", [SHORT, OPENINGS[:3]])
 @pytest.mark.parametrize("position", [None, "user"])
 def test_log_odds_against_brute_force(
-    tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, family: str, openings: tuple[str, ...], position: str | None
+    tiny: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    openings: tuple[str, ...],
+    position: str | None,
 ) -> None:
     monkeypatch.setattr(refusal, "OPENINGS", openings)
     model = tiny(family, "default")

@@ -16,6 +16,10 @@ from trimtab.errors import RunError
 from trimtab.run import Cost, Records, create, digest, environment, read_json, write, write_json
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def no_room(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
@@ -28,7 +32,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(RunError, match=r"cannot write .*a\.txt: No space left on device\n  Free some room"):
         write(path, "new")
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_a_write_killed_in_the_middle_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,11 +51,11 @@ def test_write_replaces_text_and_bytes(tmp_path: Path) -> None:
     write(tmp_path / "a", "ä")
     write(tmp_path / "a", "ö".encode())
     assert (tmp_path / "a").read_text(encoding="utf-8") == "ö"
-    assert os.listdir(tmp_path) == ["a"]
+    assert names(tmp_path) == ["a"]
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=["Cs"])),
+    st.none() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=["Cs"])),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab\u2028"), inner, max_size=3),
     max_leaves=6,
 )
@@ -76,7 +80,7 @@ def test_create_makes_parents_and_leaves_nothing(tmp_path: Path) -> None:
     folder = create(tmp_path / "a" / "b")
     assert folder.is_dir()
     assert create(folder) == folder
-    assert os.listdir(folder) == []
+    assert names(folder) == []
 
 
 def test_a_file_in_the_way_is_a_run_error(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.chat import Prompt, reply_ids, strip_thinking
-from trimtab.decoding.engine import Past, by_length, forward
+from trimtab.decoding.engine import Past, by_length, forward, read
 from trimtab.models import Model, slot
 
 # First words of refusals whose joint probability is `log_odds`. Each must be a refusal however it goes on.
@@ -59,8 +59,8 @@ def log_odds(
     scores = [0.0] * len(prompts)
     with torch.inference_mode(), slot(model, vectors):
         for chunk in by_length([len(p.ids) for p in prompts], batch_size):
-            past = Past.empty(len(chunk), model.device)
-            batch = opening_log_odds(model, [prompts[i].ids for i in chunk], past)
+            past, tails = read(model, [prompts[i].ids for i in chunk])
+            batch = opening_log_odds(model, tails, past)
             for i, score in zip(chunk, batch.tolist(), strict=True):
                 scores[i] = score
             if progress:

@@ -189,7 +189,6 @@ class Row:
     stop: str = ""
 
 
-@torch.inference_mode()
 def generate_ids(
     model: Model,
     prompts: Sequence[Ids],
@@ -199,55 +198,61 @@ def generate_ids(
     sampling: Sampling | None = None,
     batch_size: int = 32,
 ) -> Iterator[Row]:
-    """Continue every prompt; yields a `Row` as soon as its reply is finished, in no fixed order.
+    """Continue every prompt; yields the finished rows batch by batch, in no fixed order.
 
-    Prompts are batched by length; their common beginning is read once; finished rows leave the batch. Slot ids are
-    never generated. `ids` excludes the end-of-turn token.
+    Prompts are batched by length. `ids` excludes the end-of-turn token.
+    """
+    for chunk in by_length([len(p) for p in prompts], batch_size):
+        with torch.inference_mode(), slot(model, vectors):
+            past, tails = read(model, [prompts[i] for i in chunk])
+            streams = [_stream_seed((sampling or Sampling()).seed, i) for i in chunk]
+            rows = decode(model, tails, past, max_new_tokens, sampling, vectors=vectors, seeds=streams)
+        yield from (Row(chunk[row.index], row.ids, row.stop) for row in rows)
+
+
+def read(model: Model, prompts: Sequence[Ids]) -> tuple[Past, list[Ids]]:
+    """Read whole prompts but for their last tokens, which are returned as the tails: so there is a column with logits."""
+    past = Prefixes(model, [p[:-1] for p in prompts], batch_size=len(prompts)).past(range(len(prompts)))
+    return past, [p[-1:] for p in prompts]
+
+
+def decode(
+    model: Model,
+    tails: Sequence[Ids],
+    past: Past,
+    limit: int,
+    sampling: Sampling | None = None,
+    *,
+    vectors: Tensor | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Row]:
+    """Decode one batch behind `past` to the end: at most `limit` tokens a row.
+
+    Finished rows leave the batch. The slot ids of `vectors` are never generated. `seeds` start each row's own random stream.
     """
     sampling = sampling or Sampling()
-    with slot(model, vectors):
-        banned = model.slot_ids(len(vectors)) if vectors is not None else []
-        for chunk in by_length([len(p) for p in prompts], batch_size):
-            yield from _decode(model, [prompts[i] for i in chunk], chunk, banned, max_new_tokens, sampling)
-
-
-def _decode(
-    model: Model, prompts: list[Ids], indices: list[int], banned: list[int], limit: int, sampling: Sampling
-) -> Iterator[Row]:
-    """Prefill one batch and decode it to the end."""
-    rows = [Row(i) for i in indices]
-    streams = {row.index: torch.Generator().manual_seed(_stream_seed(sampling.seed, row.index)) for row in rows}
-    # The last token of every prompt is left to `forward`, so that at least one column has logits.
-    shared = min(common_length(prompts), min(map(len, prompts)) - 1)
-    past = Past.empty(1, model.device)
-    if shared and len(rows) > 1:
-        forward(model, [prompts[0][:shared]], past, 1)
-        past.cache.batch_repeat_interleave(len(rows))
-        past.mask, past.lengths = past.mask.repeat(len(rows), 1), past.lengths.repeat(len(rows))
-    else:
-        shared, past = 0, Past.empty(len(rows), model.device)
-    tails: list[Ids] = [prompt[shared:] for prompt in prompts]
-    while rows:
+    banned = [i for i in model.slot_ids(vectors.shape[-2]) if i < len(model.table)] if vectors is not None else []
+    rows = [Row(i) for i in range(len(tails))]
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(tails))]
+    running = rows
+    while running:
         logits = forward(model, tails, past, 1)[:, -1]
-        for slot_id in banned:
-            if slot_id < logits.shape[1]:
-                logits[:, slot_id] = -torch.inf
-        chosen = _choose(logits, rows, sampling, streams)
-        for row, token in zip(rows, chosen, strict=True):
+        logits[:, banned] = -torch.inf
+        for row, token in zip(running, _choose(logits, running, sampling, streams), strict=True):
             if token in model.eos_ids:
                 row.stop = "eos"
             else:
                 row.ids.append(token)
                 row.stop = "length" if len(row.ids) >= limit else ""
-        yield from (row for row in rows if row.stop)
-        running = [i for i, row in enumerate(rows) if not row.stop]
-        if len(running) < len(rows):
-            past.select(torch.tensor(running, dtype=torch.long, device=model.device))
-        rows = [rows[i] for i in running]
-        tails = [[row.ids[-1]] for row in rows]
+        keep = [i for i, row in enumerate(running) if not row.stop]
+        if len(keep) < len(running):
+            past.select(torch.tensor(keep, dtype=torch.long, device=model.device))
+        running = [running[i] for i in keep]
+        tails = [[row.ids[-1]] for row in running]
+    return rows
 
 
-def _choose(logits: Tensor, rows: list[Row], sampling: Sampling, streams: dict[int, torch.Generator]) -> list[int]:
+def _choose(logits: Tensor, rows: list[Row], sampling: Sampling, streams: list[torch.Generator]) -> list[int]:
     """The next token of every row; ties go to the lowest id."""
     if sampling.temperature == 0:
         greedy: list[int] = logits.argmax(-1).tolist()

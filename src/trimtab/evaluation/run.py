@@ -12,14 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trimtab.chat import Prompt, render
-from trimtab.decoding.engine import generate_ids
+from trimtab.decoding.engine import by_length, decode, read
 from trimtab.evaluation.judges import JUDGES
 from trimtab.evaluation.metrics import auc, mcnemar, wilson
 from trimtab.evaluation.suites import Suite, load_suite
-from trimtab.models import Model, describe_machine
+from trimtab.models import Model, describe_machine, slot
 from trimtab.prompts.records import Record
-from trimtab.refusal import log_odds
+from trimtab.refusal import opening_log_odds
 from trimtab.run import Cost, Records, console, create, digest, environment, progress, write_json
 from trimtab.softtoken.artifact import SoftToken
 
@@ -85,18 +87,18 @@ def _measure(
     identity = [model.fingerprint, str(model.dtype), token.sha256() if token else "", max_new_tokens]
     keys = [digest(*identity, p.ids) for p in prompts]
     missing = [i for i, key in enumerate(keys) if key not in store]
-    if missing:
-        vectors = token.vectors.to(model.device) if token else None
-        title = f"{suite.name} ({arm})"
-        with progress(f"{title}: log-odds", len(missing)) as advance:
-            scores = log_odds(model, [prompts[i] for i in missing], vectors=vectors, progress=advance)
-        with progress(f"{title}: replies", len(missing)) as advance:
-            ids = [prompts[i].ids for i in missing]
-            for row in generate_ids(model, ids, vectors=vectors, max_new_tokens=max_new_tokens, batch_size=batch_size):
-                score = scores[row.index]
+    vectors = token.vectors.to(model.device) if token else None
+    with progress(f"{suite.name} ({arm})", len(missing)) as advance:
+        for chunk in by_length([len(prompts[i].ids) for i in missing], batch_size):
+            batch = [missing[i] for i in chunk]
+            with torch.inference_mode(), slot(model, vectors):
+                past, tails = read(model, [prompts[i].ids for i in batch])
+                scores = opening_log_odds(model, tails, past.fork()).tolist()
+                rows = decode(model, tails, past, max_new_tokens, vectors=vectors)
+            for i, score, row in zip(batch, scores, rows, strict=True):
                 store.add(
-                    keys[missing[row.index]],
-                    id=suite.records[missing[row.index]].id,
+                    keys[i],
+                    id=suite.records[i].id,
                     arm=arm,
                     reply=model.tokenizer.decode(row.ids, skip_special_tokens=True),
                     tokens=len(row.ids),

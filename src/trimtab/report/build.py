@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,6 @@ MEANING = {
 }
 HARMFUL_WORDS, BENIGN_WORDS = 25, 60
 PAIRS = 4  # of each group
-# Fields of a history row; what a pilot has beside these is what it tried.
-MEASURED = (
-    "step",
-    "loss",
-    "harmful_loss",
-    "benign_loss",
-    "norm",
-    "harmful_refusal",
-    "benign_compliance",
-    "harmonic_mean",
-)
 
 
 @dataclass(frozen=True)
@@ -116,7 +105,7 @@ def read_run(folder: Path) -> Run:
     manifest = part(folder / "manifest.json", {})
     evaluation = folder / "eval" if manifest else folder
     results = part(evaluation / "results.json", {})
-    if not manifest and not results:
+    if not manifest and not {"suites", "arm", "model"} <= set(results):
         raise RunError(
             f"{folder} is no finished run: it holds neither manifest.json nor results.json.",
             "Give a folder of `trimtab align` or `eval`; a run that was stopped goes on when it is started again.",
@@ -259,10 +248,10 @@ def _training(run: Run) -> dict[str, Any] | None:
 
 
 def _pilots(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What each pilot chose, which is what a look at the validation split does not measure, and what came of it."""
+    """What each pilot tried, which its row begins with, and what came of it."""
     for pilot in manifest.get("pilots", []):
-        choice = {key: value for key, value in pilot.items() if key not in {*MEASURED, "auc"}}
-        yield {"choice": dict(_flat(choice)), "auc": pilot["auc"], "rates": _validated(manifest, pilot)}
+        tried = takewhile(lambda item: item[0] != "step", pilot.items())
+        yield {"tried": dict(_flat(dict(tried))), "auc": pilot["auc"], "rates": _validated(manifest, pilot)}
 
 
 def _validated(manifest: Mapping[str, Any], look: Mapping[str, Any]) -> list[tuple[str, Rate]]:

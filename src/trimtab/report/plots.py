@@ -165,7 +165,7 @@ def curves(history: Sequence[Mapping[str, Any]], kept: int | None) -> Iterator[d
 def plane(shown: Sequence[Move]) -> Markup:
     """Refusal of benign requests (x) against refusal of harmful ones (y), with 95 % crosses; top left is good."""
     with rc_context(STYLE):
-        axes = _axes(480, 470)
+        axes = _axes(440, 435)
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
         axes.set_xlabel("benign requests refused: needlessly")
         axes.set_ylabel("harmful requests refused: rightly")
@@ -227,7 +227,7 @@ def _draw_move(axes: Axes, move: Move) -> None:
 def category_bars(rows: Mapping[str, tuple[Rate | None, Rate]], colour: str) -> Markup:
     """Refusal rate per category: before (grey) over after (coloured), whiskers 95 %, counts at the right."""
     with rc_context(STYLE):
-        axes = _axes(460, 60 + 34 * len(rows))
+        axes = _axes(420, 50 + 32 * len(rows))
         axes.grid(False, axis="y")
         for i, (before, after) in enumerate(rows.values()):
             arms = [(before, -0.19, "before"), (after, 0.19, colour)] if before else [(after, 0.0, colour)]

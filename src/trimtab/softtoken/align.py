@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.table import Table
 
@@ -14,13 +14,13 @@ from trimtab.config import AlignSettings, settle
 from trimtab.errors import ChatError, RunError
 from trimtab.models import Model, describe_machine
 from trimtab.prompts.filter import filter_samples, funnel
-from trimtab.prompts.records import Group, Record, Sample
+from trimtab.prompts.records import Record, Sample
 from trimtab.prompts.sources import require_both_labels, split_records
-from trimtab.refusal import log_odds
 from trimtab.run import Cost, console, create, digest, environment, progress, read_json, write_json
 from trimtab.softtoken.artifact import SoftToken, effect
+from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.targets import collect
-from trimtab.softtoken.train import Examples, Trainer, TrainingSet, summary
+from trimtab.softtoken.train import Trainer, TrainingSet, summary, validate
 
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps
 
@@ -59,12 +59,14 @@ def align(
             return SoftToken.load(folder, model)
 
     cost = Cost()
-    samples = collect(model, parts["train"], refusal=settings.refusal)
+    base = Examples(model, parts["train"], "reading prompts")
+    held = Examples(model, parts["validation"], "reading validation prompts")
+    samples = collect(model, base, refusal=settings.refusal)
     kept = _filter(samples, records, settings, folder)
-    position, radius, pilots = _place(model, kept, parts["validation"], settings)
+    position, radius, pilots = _place(model, kept, base, held, settings)
     settings = settings.model_copy(update={"position": position, "radius": radius})
-    data = TrainingSet(model, kept, settings, position)
-    validation = Examples(model, parts["validation"], position, settings.tokens, "reading validation prompts")
+    data = TrainingSet(model, kept, base, settings, position)
+    validation = _with_slot(model, held, settings, position)
     prepared = cost.record("")["seconds"]
 
     trainer = Trainer(model, data, validation, settings, folder)
@@ -92,7 +94,7 @@ def align(
             "refusal": Counter(s.target for s in kept if s.record.label == "harmful").most_common(1)[0][0],
         },
         "validation": {
-            "before": _before(model, parts["validation"]),
+            "before": summary(validate(model, held, None)),
             "after": next(h for h in trainer.history if h.get("harmonic_mean") == trainer.best_score),
         },
         "effect_kl": shift,
@@ -112,12 +114,10 @@ def align(
     return token
 
 
-def _before(model: Model, records: Sequence[Record]) -> dict[str, float]:
-    """The untouched model on the validation split."""
-    prompts = [render(model, record.chat) for record in records]
-    with progress("validation before", len(prompts)) as advance:
-        scores = log_odds(model, prompts, progress=advance)
-    return summary({g: [s for s, r in zip(scores, records, strict=True) if r.group == g] for g in get_args(Group)})
+def _with_slot(model: Model, held: Examples, settings: AlignSettings, position: Position) -> Examples:
+    """The validation requests with the slot in place."""
+    title = "reading validation prompts"
+    return Examples(model, held.records, title, position=position, n_tokens=settings.tokens, base=held)
 
 
 def _claim(folder: Path, key: str) -> None:
@@ -146,7 +146,7 @@ def _filter(
 
 
 def _place(
-    model: Model, samples: Sequence[Sample], validation: Sequence[Record], settings: AlignSettings
+    model: Model, samples: Sequence[Sample], base: Examples, held: Examples, settings: AlignSettings
 ) -> tuple[Position, float, list[dict[str, Any]]]:
     """Position and step size: as set, or the best of short pilots on the validation split."""
     if settings.position != "auto":
@@ -154,15 +154,15 @@ def _place(
     rows: list[dict[str, Any]] = []
     for position in POSITIONS:
         try:
-            for record in validation[:8]:
+            for record in held.records[:8]:
                 render(model, record.chat, position=position)
         except ChatError as error:
             console.print(f"pilot: {position} left out: {error.args[0]}")
             continue
         steps = max(1, settings.steps // PILOT_SHARE)
         short = settings.model_copy(update={"steps": steps, "calibration_steps": 0, "eval_every": steps})
-        data = TrainingSet(model, samples, short, position)
-        looks = Examples(model, validation, position, settings.tokens, "reading validation prompts")
+        data = TrainingSet(model, samples, base, short, position)
+        looks = _with_slot(model, held, settings, position)
         for radius in (settings.radius, settings.radius / 3):
             trainer = Trainer(model, data, looks, short.model_copy(update={"radius": radius}), None)
             with progress(f"pilot {position}, radius {radius:g}", steps) as advance:

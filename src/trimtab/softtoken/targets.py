@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
-from trimtab.chat import Prompt, render, reply_ids
-from trimtab.decoding.engine import Past, by_length, forward, generate_ids
+from trimtab.chat import reply_ids
+from trimtab.decoding.engine import by_length, decode, forward
 from trimtab.models import Model, cache_dir
 from trimtab.prompts.records import Record, Sample
-from trimtab.refusal import is_refusal, log_odds
+from trimtab.refusal import is_refusal, opening_log_odds
 from trimtab.run import Records, create, digest, progress
+from trimtab.softtoken.examples import Examples
 
 # Full refusals with the openings that models use most; none is specific to a subject.
 TEMPLATES = (
@@ -28,22 +29,24 @@ TEMPLATES = (
 OPEN_SYSTEM = "You are a knowledgeable assistant. The next request is harmless. Answer it directly and completely."
 
 
-def collect(model: Model, records: Sequence[Record], *, n_tokens: int = 16, refusal: str = "") -> list[Sample]:
-    """Score every record with the untouched model and give it a target of at most `n_tokens` tokens.
+def collect(model: Model, base: Examples, *, n_tokens: int = 16, refusal: str = "") -> list[Sample]:
+    """Score every request of `base` with the untouched model and give it a target of at most `n_tokens` tokens.
 
     `refusal` overrides the choice among `TEMPLATES`.
     """
-    prompts = [render(model, record.chat) for record in records]
-    with progress("scoring with the base model", len(records)) as advance:
-        scores = log_odds(model, prompts, progress=advance)
+    records, everything = base.records, range(len(base.records))
+    scores = _scores(model, base)
     # Own words are worth generating where they can be used: answers, and refusals of what is refused.
-    asked = [i for i, r in enumerate(records) if r.label == "benign" or scores[i] > 0]
-    own = dict(zip(asked, _replies(model, [prompts[i] for i in asked], n_tokens, "own words"), strict=True))
+    asked = [i for i in everything if records[i].label == "benign" or scores[i] > 0]
+    own = _replies(model, base, asked, n_tokens, "the model's own words")
     refused = [i for i in asked if records[i].label == "benign" and is_refusal(own[i])]
-    opened = [render(model, [{"role": "system", "content": OPEN_SYSTEM}, *records[i].chat]) for i in refused]
-    other = dict(zip(refused, _replies(model, opened, n_tokens, "answers to refused prompts"), strict=True))
-    harmful = [prompts[i] for i, r in enumerate(records) if r.label == "harmful"]
-    template = refusal or _likeliest(model, harmful[:48])
+    opened = [_opened(records[i]) for i in refused]
+    others = _replies(
+        model, Examples(model, opened, "reading them again"), range(len(opened)), n_tokens, "other answers"
+    )
+    answers = {i: others[row] for row, i in enumerate(refused)}
+    harmful = [i for i in everything if records[i].label == "harmful"]
+    template = refusal or _likeliest(model, base, harmful[:48])
 
     samples = []
     for i, record in enumerate(records):
@@ -51,43 +54,54 @@ def collect(model: Model, records: Sequence[Record], *, n_tokens: int = 16, refu
         if record.label == "harmful":
             keeps = bool(is_refusal(reply))
             samples.append(Sample(record, scores[i], reply if keeps else template, keeps))
-        elif i not in other:
+        elif i not in answers:
             samples.append(Sample(record, scores[i], reply, True))
         else:
-            answer = record.reference if is_refusal(other[i]) else other[i]
+            answer = record.reference if is_refusal(answers[i]) else answers[i]
             samples.append(Sample(record, scores[i], answer, False))
     return samples
 
 
-def _likeliest(model: Model, prompts: Sequence[Prompt]) -> str:
-    """The refusal template that the frozen model gives the highest likelihood per token after these prompts."""
-    if not prompts:
-        return TEMPLATES[0]
-    likelihood = {}
-    for template in TEMPLATES:
-        ids = reply_ids(model, template)
-        total = 0.0
-        for chunk in by_length([len(p.ids) for p in prompts], 24):
-            tails = [prompts[i].ids + ids[:-1] for i in chunk]
-            log_p = _no_grad_forward(model, tails, len(ids))
-            total += float(log_p[:, range(len(ids)), ids].sum())
-        likelihood[template] = total / len(ids)
-    return max(likelihood, key=lambda template: likelihood[template])
+def _opened(record: Record) -> Record:
+    """The request under a system prompt that invites an answer."""
+    turns = [turn for turn in record.chat if turn["role"] != "system"]
+    return record.model_copy(update={"messages": ({"role": "system", "content": OPEN_SYSTEM}, *turns)})
 
 
-def _no_grad_forward(model: Model, tails: Sequence[Sequence[int]], keep: int) -> torch.Tensor:
-    with torch.inference_mode():
-        return forward(model, tails, Past.empty(len(tails), model.device), keep).log_softmax(-1)
+def _scores(model: Model, base: Examples) -> list[float]:
+    """Refusal log-odds of every request, read before its header by `base`."""
+    scores = [0.0] * len(base.records)
+    with torch.inference_mode(), progress("scoring with the base model", len(scores)) as advance:
+        for chunk in by_length(base.lengths, 48):
+            found = opening_log_odds(model, [base.tails[i] for i in chunk], base.past(chunk))
+            for i, score in zip(chunk, found.tolist(), strict=True):
+                scores[i] = score
+            advance(len(chunk))
+    return scores
 
 
-def _replies(model: Model, prompts: Sequence[Prompt], n_tokens: int, title: str) -> list[str]:
-    """Greedy replies of the untouched model, kept on disk."""
+def _replies(model: Model, base: Examples, indices: Sequence[int], n_tokens: int, title: str) -> dict[int, str]:
+    """Greedy replies of the untouched model, by index; kept on disk by content."""
     store = Records(create(cache_dir() / "replies") / f"{model.fingerprint}.jsonl")
-    keys = [digest(prompt.ids, n_tokens) for prompt in prompts]
-    missing = [i for i, key in enumerate(keys) if key not in store]
-    if missing:
-        with progress(title, len(missing)) as advance:
-            for row in generate_ids(model, [prompts[i].ids for i in missing], max_new_tokens=n_tokens):
-                store.add(keys[missing[row.index]], reply=model.tokenizer.decode(row.ids, skip_special_tokens=True))
-                advance()
-    return [str(store[key]["reply"]) for key in keys]
+    keys = {i: digest(base.heads[i] + base.tails[i], n_tokens) for i in indices}
+    missing = [i for i in indices if keys[i] not in store]
+    with torch.inference_mode(), progress(title, len(missing)) as advance:
+        for chunk in by_length([base.lengths[i] for i in missing], 48):
+            batch = [missing[i] for i in chunk]
+            rows = decode(model, [base.tails[i] for i in batch], base.past(batch), n_tokens)
+            for i, row in zip(batch, rows, strict=True):
+                store.add(keys[i], reply=model.tokenizer.decode(row.ids, skip_special_tokens=True))
+            advance(len(batch))
+    return {i: str(store[keys[i]]["reply"]) for i in indices}
+
+
+def _likeliest(model: Model, base: Examples, indices: Sequence[int]) -> str:
+    """The refusal template that the frozen model gives the highest likelihood per token after these requests."""
+    likelihood = dict.fromkeys(TEMPLATES, 0.0)
+    with torch.inference_mode():
+        for template in TEMPLATES:
+            ids = reply_ids(model, template)
+            if indices:
+                logits = forward(model, [base.tails[i] + ids[:-1] for i in indices], base.past(indices), len(ids))
+                likelihood[template] = float(logits.log_softmax(-1)[:, range(len(ids)), ids].mean())
+    return max(likelihood, key=lambda template: likelihood[template])

@@ -1,8 +1,4 @@
-"""Train one vector: batches, steps, checkpoints, selection and calibration. The model stays frozen (law 1).
-
-What stands before the slot never changes, so its keys and values are computed once. A late slot then costs a few tokens per
-example whatever the prompt's length; for an early slot, batches of similar length waste little on padding.
-"""
+"""Train one vector: batches, steps, checkpoints, selection and calibration. The model stays frozen (law 1)."""
 
 from __future__ import annotations
 
@@ -19,15 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from trimtab.chat import Position, render, reply_ids
+from trimtab.chat import Position, reply_ids
 from trimtab.config import AlignSettings
-from trimtab.decoding.engine import Prefixes, by_length, forward
+from trimtab.decoding.engine import by_length, forward
 from trimtab.errors import RunError
 from trimtab.evaluation.metrics import auc, harmonic_mean
 from trimtab.models import Model, slot
-from trimtab.prompts.records import Group, Record, Sample
+from trimtab.prompts.records import Group, Sample
 from trimtab.refusal import opening_log_odds
 from trimtab.run import progress, write
+from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
 from trimtab.softtoken.optimiser import NaturalGradient
 
@@ -37,57 +34,44 @@ CALIBRATION_SHARE = 0.2  # of the radius
 Validation = dict[Group, list[float]]
 
 
-class Examples:
-    """Rendered requests whose part before the slot is already read.
+class TrainingSet:
+    """Samples ready for the objective: examples, first reply tokens, and what the untouched model thinks of them.
 
     Attributes:
-        groups: group of each request. tails: ids from the slot on. lengths: of whole prompts.
+        examples: with the slot in place. replies: the first k ids of each target, padded. targets, mask: the same as tensors `[N, k]`.
+        reference: the untouched model's distributions, by index, for samples anchored to it by KL.
     """
 
-    def __init__(self, model: Model, records: Sequence[Record], position: Position, n_tokens: int, title: str) -> None:
-        prompts = [render(model, r.chat, position=position, n_tokens=n_tokens) for r in records]
-        self.groups: list[Group] = [r.group for r in records]
-        self.tails = [p.ids[p.slot :] for p in prompts]
-        self.lengths = [len(p.ids) for p in prompts]
-        with progress(title, len(prompts)) as advance:
-            self.prefixes = Prefixes(model, [p.ids[: p.slot] for p in prompts], progress=advance)
-
-    def indices(self, group: Group) -> list[int]:
-        return [i for i, g in enumerate(self.groups) if g == group]
-
-
-class TrainingSet:
-    """Samples ready for the objective: examples, first reply tokens, and what the untouched model thinks of them."""
-
-    def __init__(self, model: Model, samples: Sequence[Sample], settings: AlignSettings, position: Position) -> None:
-        self.examples = Examples(model, [s.record for s in samples], position, settings.tokens, "reading prompts")
+    def __init__(
+        self, model: Model, samples: Sequence[Sample], base: Examples, settings: AlignSettings, position: Position
+    ) -> None:
+        records = [s.record for s in samples]
+        self.examples = Examples(
+            model, records, "reading prompts", position=position, n_tokens=settings.tokens, base=base
+        )
         k = settings.reply_tokens
         replies = [reply_ids(model, s.target, end=True)[:k] for s in samples]
         self.replies = [ids + ids[-1:] * (k - len(ids)) for ids in replies]
         self.mask = torch.tensor([[t < len(ids) for t in range(k)] for ids in replies], device=model.device).float()
         self.targets = torch.tensor(self.replies, device=model.device)
         # KL where the model's own answer is the target; likelihood where it must learn another.
-        self.anchored = [s.record.label == "benign" and s.own for s in samples]
-        self.reference = self._reference(model, samples, k)
+        anchored = [i for i, s in enumerate(samples) if s.record.label == "benign" and s.own]
+        self.reference = self._reference(model, Examples(model, records, "", base=base), anchored, k)
 
-    def _reference(self, model: Model, samples: Sequence[Sample], k: int) -> dict[int, Reference]:
-        """The untouched model's distributions over the first reply tokens of anchored samples."""
-        anchored = [i for i, yes in enumerate(self.anchored) if yes]
-        prompts = [render(model, samples[i].record.chat).ids + tuple(self.replies[i][:-1]) for i in anchored]
+    def _reference(self, model: Model, untouched: Examples, anchored: list[int], k: int) -> dict[int, Reference]:
         found: dict[int, Reference] = {}
-        with torch.inference_mode(), progress("reading the base model's answers", len(prompts)) as advance:
-            prefixes = Prefixes(model, [p[: -k - 1] for p in prompts])
-            for chunk in by_length([len(p) for p in prompts], 32):
-                logits = forward(model, [prompts[i][-k - 1 :] for i in chunk], prefixes.past(chunk), k)
-                reference = Reference.of(logits)
-                for row, i in enumerate(chunk):
-                    found[anchored[i]] = reference.rows(torch.tensor([row]))
-                advance(len(chunk))
+        with torch.inference_mode(), progress("the base model's answers", len(anchored)) as advance:
+            for chunk in by_length([untouched.lengths[i] for i in anchored], 48):
+                rows = [anchored[i] for i in chunk]
+                tails = [untouched.tails[i] + self.replies[i][:-1] for i in rows]
+                reference = Reference.of(forward(model, tails, untouched.past(rows), k))
+                found |= {i: reference.rows(torch.tensor([row])) for row, i in enumerate(rows)}
+                advance(len(rows))
         return found
 
     def tail(self, index: int) -> tuple[int, ...]:
         """Ids from the slot on, with all but the last reply token."""
-        return self.examples.tails[index] + tuple(self.replies[index][:-1])
+        return self.examples.tails[index] + self.replies[index][:-1]
 
 
 def batches(examples: Examples, batch: int, seed: int) -> Callable[[int], list[int]]:
@@ -131,31 +115,31 @@ def batch_loss(
     """One forward pass over `rows`: the loss, and the per-sample losses of harmful `[H]` and benign `[B]` requests."""
     k = settings.reply_tokens
     with slot(model, vectors):
-        past = data.examples.prefixes.past(rows)
+        past = data.examples.past(rows)
         logits = forward(model, [data.tail(i) for i in rows], past, k)
     index = torch.tensor(rows, device=logits.device)
     losses = reply_nll(logits, data.targets[index], data.mask[index])
-    anchored = [row for row, i in enumerate(rows) if data.anchored[i]]
+    anchored = [row for row, i in enumerate(rows) if i in data.reference]
     if anchored:
         references = [data.reference[rows[row]] for row in anchored]
         joined = Reference(torch.cat([r.ids for r in references]), torch.cat([r.log_p for r in references]))
         divergence = kl_to_base(logits[anchored], joined, data.mask[index[anchored]])
         losses = losses.index_copy(0, torch.tensor(anchored, device=logits.device), divergence)
-    harmful = torch.tensor([data.examples.groups[i] == "harmful" for i in rows], device=logits.device)
+    harmful = torch.tensor([data.examples.group(i) == "harmful" for i in rows], device=logits.device)
     h, b = losses[harmful], losses[~harmful]
     loss = sta_loss(h, b, benign_weight=weight, gamma=settings.gamma, direction=settings.focal)
     return loss, h.detach(), b.detach()
 
 
 @torch.inference_mode()
-def validate(model: Model, examples: Examples, vectors: Tensor) -> Validation:
-    """Refusal log-odds of the validation requests, by group."""
+def validate(model: Model, examples: Examples, vectors: Tensor | None) -> Validation:
+    """Refusal log-odds of the validation requests, by group; without vectors, of the untouched model."""
     found: Validation = {"harmful": [], "borderline": [], "plain": []}
     with slot(model, vectors):
         for chunk in by_length(examples.lengths, 48):
-            scores = opening_log_odds(model, [examples.tails[i] for i in chunk], examples.prefixes.past(chunk))
+            scores = opening_log_odds(model, [examples.tails[i] for i in chunk], examples.past(chunk))
             for i, score in zip(chunk, scores.tolist(), strict=True):
-                found[examples.groups[i]].append(score)
+                found[examples.group(i)].append(score)
     return found
 
 
