@@ -15,6 +15,7 @@ from safetensors.torch import save
 from conftest import build, vectors_for
 from trimtab.errors import ArtefactError, NoEffectError
 from trimtab.models import Model
+from trimtab.run import digest
 from trimtab.softtoken.artifact import NO_EFFECT, SoftToken, effect
 
 
@@ -34,9 +35,11 @@ def saved(token: SoftToken, tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    """Change fields of token.json; `...` takes one out."""
+    """Change fields of token.json; `...` takes one out. The seal is made anew, unless it is among the changes."""
     path = folder / "token.json"
-    fields = {**json.loads(path.read_text()), **changes}
+    fields = json.loads(path.read_text()) | changes
+    if "seal" not in changes:
+        fields["seal"] = digest({k: v for k, v in fields.items() if k != "seal"})
     path.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
 
 
@@ -102,6 +105,8 @@ def test_every_edited_byte_of_the_numbers_is_noticed(saved: Path) -> None:
         ({"n_tokens": 3}, r"shape \(2, 32\), token\.json says \(3, 32\)"),
         ({"hidden_size": 16}, r"shape \(2, 32\), token\.json says \(2, 16\)"),
         ({"sha256": "0" * 64}, "not the file that was saved"),
+        ({"position": "user", "seal": "0" * 16}, r"token\.json was edited"),
+        ({"position": "assistant", "seal": ""}, r"token\.json was edited"),
         ({"fingerprint": "0" * 16}, r"weights \(fingerprint\): trained on 0000"),
         ({"template_hash": "0" * 16}, r"chat template \(hash\): trained on 0000"),
     ],
@@ -184,7 +189,7 @@ def test_the_effect_is_the_mean_kl_over_the_probes(model: Model, token: SoftToke
 def test_a_token_that_changes_nothing_is_an_error() -> None:
     model = deaf()
     with pytest.raises(
-        NoEffectError, match=r"this token changes nothing: KL to the base is .* nats on 3 probes"
+        NoEffectError, match=r"this token changes nothing: KL to the untouched model is .* nats on 3 probes"
     ) as caught:
         effect(model, SoftToken.of(model, vectors_for(model), "user"))
     assert caught.value.exit_code == 1

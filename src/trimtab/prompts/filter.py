@@ -6,6 +6,7 @@ but not its rules: these follow the published refusal-direction work most closel
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import Counter, defaultdict
@@ -68,6 +69,8 @@ def filter_samples(
     seen_grams: set[tuple[str, ...]] = set()
 
     def behaves(s: Sample) -> bool:
+        if not math.isfinite(s.score):
+            return False
         if s.record.label == "harmful":
             return s.score > margin or keep_unsafe_failures
         if s.record.group == "borderline":
@@ -136,7 +139,7 @@ def _require_classes(rule: Rule, before: Sequence[Sample], after: Sequence[Sampl
         if not any(s.record.label == label for s in after):
             raise FilterError(
                 f"hard weighting left no {label} prompts: the rule {rule.name!r} ({rule.meaning}) dropped all {n}.",
-                "Give more varied data; the run folder's filter.json has the counts.",
+                "Give more varied data.",
             )
 
 

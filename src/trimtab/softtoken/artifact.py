@@ -20,9 +20,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from trimtab.chat import Message, Position, Prompt, render, template_hash
+from trimtab.decoding.engine import Past, forward
 from trimtab.errors import ArtefactError, NoEffectError, RunError
-from trimtab.models import Model
-from trimtab.run import create, read_json, write, write_json
+from trimtab.models import Model, slot
+from trimtab.run import create, digest, read_json, write, write_json
 
 FORMAT = 1
 # Harmless words whose next-token distribution shows whether a token is heard at all.
@@ -47,6 +48,11 @@ class Identity(BaseModel):
     hidden_size: int
     dtype: str
     sha256: str
+    seal: str = ""
+
+    def sealed(self) -> str:
+        """Digest of every other field: an edited position or template would put the token elsewhere, unnoticed."""
+        return digest(self.model_dump(exclude={"seal"}))
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class SoftToken:
             sha256=hashlib.sha256(data).hexdigest(),
         )
         write(path / "token.safetensors", data)
-        write_json(path / "token.json", identity.model_dump())
+        write_json(path / "token.json", {**identity.model_dump(), "seal": identity.sealed()})
         return path
 
     @classmethod
@@ -144,6 +150,10 @@ class SoftToken:
             raise ArtefactError(
                 f"{path / 'token.json'} has format {identity.format}, this trimtab reads format {FORMAT}.",
                 "Use the version of trimtab that wrote it.",
+            )
+        if identity.seal != identity.sealed():
+            raise ArtefactError(
+                f"{path / 'token.json'} was edited: its fields do not match their seal.", "Train the token again."
             )
         found = hashlib.sha256(data).hexdigest()
         if found != identity.sha256:
@@ -200,29 +210,33 @@ class SoftToken:
             )
 
 
+@torch.inference_mode()
 def effect(model: Model, token: SoftToken) -> float:
     """Mean KL divergence in nats from the base's next-token distribution to the tuned one, over `PROBES`.
+
+    A slot whose vectors are not heard still adds a token to the prompt; so the token is compared with silent (zero) vectors too.
 
     Raises:
         NoEffectError: the token changes nothing (law 6), or its numbers are not finite.
     """
-    from trimtab.decoding.engine import Past, forward
-    from trimtab.models import slot
-
-    divergences = []
-    with torch.inference_mode():
-        for words in PROBES:
-            base = forward(
-                model, [render(model, words, template_args=token.template_args).ids], Past.empty(1, model.device), 1
+    changes, heard = [], []
+    for words in PROBES:
+        untouched = render(model, words, template_args=token.template_args).ids
+        base = _next_token(model, untouched, None)
+        tuned = _next_token(model, token.render(model, words).ids, token.vectors)
+        silent = _next_token(model, token.render(model, words).ids, torch.zeros_like(token.vectors))
+        changes.append(float((base.exp() * (base - tuned)).sum()))
+        heard.append(float((silent.exp() * (silent - tuned)).sum()))
+    for values, against in ((changes, "the untouched model"), (heard, "a silent slot")):
+        if not (mean := sum(values) / len(values)) > NO_EFFECT:
+            raise NoEffectError(
+                f"this token changes nothing: KL to {against} is {mean:.2e} nats on {len(PROBES)} probes.",
+                "It was not trained, or the model does not hear its slot.",
             )
-            with slot(model, token.vectors.to(model.device)):
-                tuned = forward(model, [token.render(model, words).ids], Past.empty(1, model.device), 1)
-            p, q = base[0, -1].log_softmax(-1), tuned[0, -1].log_softmax(-1)
-            divergences.append(float((p.exp() * (p - q)).sum()))
-    mean = sum(divergences) / len(divergences)
-    if not mean > NO_EFFECT:
-        raise NoEffectError(
-            f"this token changes nothing: KL to the base is {mean:.2e} nats on {len(PROBES)} probes.",
-            "It was not trained, or the model does not hear its slot.",
-        )
-    return mean
+    return sum(changes) / len(changes)
+
+
+def _next_token(model: Model, ids: Sequence[int], vectors: Tensor | None) -> Tensor:
+    """Log-probabilities `[V]` of the token after `ids`."""
+    with slot(model, None if vectors is None else vectors.to(model.device)):
+        return forward(model, [ids], Past.empty(1, model.device), 1)[0, -1].log_softmax(-1)
