@@ -88,12 +88,13 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure refusals on suites of labelled prompts. The same command again does only what is missing."""
+    given = _given(locals())
     from trimtab.config import EvalSettings, settle
     from trimtab.evaluation.run import evaluate as run
     from trimtab.report.build import build
     from trimtab.report.summary import print_results
 
-    settings = settle(EvalSettings, _given(locals()), config)
+    settings = settle(EvalSettings, given, config)
     loaded, guidance = _load(settings)
     result = run(
         loaded,
@@ -129,12 +130,13 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Reply to every prompt of a file: {"id", "reply", "tokens", "stop"} a line, in input order."""
+    given = _given(locals())
     from trimtab.config import GenerateSettings, settle
     from trimtab.decoding.generate import generate as run
     from trimtab.prompts.sources import read_chats
     from trimtab.run import create, progress, write
 
-    settings = settle(GenerateSettings, _given(locals()), config)
+    settings = settle(GenerateSettings, given, config)
     chats = read_chats(settings.source)
     create(settings.out.parent)
     loaded, guidance = _load(settings)
