@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_align import records
 
+from test_align import records
 from trimtab import cli
 
 FAST = ["--steps", "3", "--batch", "2", "--position", "assistant", "--check", "12"]

@@ -1,0 +1,70 @@
+"""The packaged SmolLM2-135M itself: loading, rendering, decoding, and one short training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import trimtab as tt
+from trimtab.chat import render
+from trimtab.config import AlignSettings
+from trimtab.decoding.engine import generate_ids
+from trimtab.models import Model
+from trimtab.refusal import log_odds
+
+pytestmark = pytest.mark.real
+
+CHATS = ["What is the capital of France?", "Name three colours.", "Write one sentence about the sea, in the style of a sailor."]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Model:
+    return tt.load("smollm2-135m")
+
+
+def test_it_is_what_the_design_says(smollm2: Model) -> None:
+    assert smollm2.hidden_size == 576
+    assert smollm2.dtype == torch.float32
+    assert not any(p.requires_grad for p in smollm2.network.parameters())
+    assert smollm2.origin["kind"] == "gguf"
+
+
+def test_rendering_is_the_templates_own(smollm2: Model) -> None:
+    turns = [{"role": "user", "content": CHATS[0]}]
+    own = smollm2.tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert list(render(smollm2, CHATS[0]).ids) == own
+    for position in ("start", "system", "user", "assistant", "reply"):
+        prompt = render(smollm2, CHATS[0], position=position)
+        assert prompt.ids.count(smollm2.slot_ids(1)[0]) == 1
+        assert [i for i in prompt.ids if i != smollm2.slot_ids(1)[0]] == own
+
+
+def test_batched_decoding_equals_transformers(smollm2: Model) -> None:
+    prompts = [render(smollm2, chat).ids for chat in CHATS]
+    found = {row.index: row.ids for row in generate_ids(smollm2, prompts, max_new_tokens=12)}
+    for i, ids in enumerate(prompts):
+        whole = smollm2.network.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False
+        )
+        expected = [t for t in whole[0, len(ids) :].tolist() if t not in smollm2.eos_ids]
+        assert found[i] == expected
+
+
+def test_a_short_training_run_moves_harmful_above_benign(smollm2: Model, tmp_path: Path) -> None:
+    records = tt.load_prompts("builtin")
+    few = [r for r in records if r.split == "train"][::6] + [r for r in records if r.split == "validation"][::4]
+    settings = AlignSettings(steps=25, batch=8, eval_every=25, calibration_steps=0)
+    token = tt.align(smollm2, few, settings=settings, out=tmp_path)
+    test = [r for r in records if r.split == "test"][::8]
+    scores = log_odds(smollm2, [token.render(smollm2, r.chat) for r in test], vectors=token.vectors)
+    base = log_odds(smollm2, [render(smollm2, r.chat) for r in test])
+    gain = {
+        label: [s - b for s, b, r in zip(scores, base, test, strict=True) if r.label == label]
+        for label in ("harmful", "benign")
+    }
+    mean = {label: sum(values) / len(values) for label, values in gain.items()}
+    assert mean["harmful"] > mean["benign"] + 0.3
+    replies = tt.generate(smollm2, CHATS, token=token, max_new_tokens=8)
+    assert all(reply.text.strip() for reply in replies)
