@@ -37,17 +37,17 @@ class AlignSettings(Settings):
     """`builtin`, a .jsonl file, or hf:owner/name@revision:split."""
     tokens: int = Field(default=1, ge=1, le=MAX_TOKENS)
     """How many soft tokens; each is one row of hidden size."""
-    position: Position | Literal["auto"] = "user"
+    position: Position | Literal["auto"] = "assistant"
     """Where the token goes; `auto` tries several and keeps the best on validation."""
-    steps: int = Field(default=200, ge=1)
+    steps: int = Field(default=100, ge=1)
     seed: int = 0
     radius: float = Field(default=0.3, gt=0)
     """Step size: how far the samples' losses may move in one step, in nats; the peak of a cosine schedule."""
     damping: float = Field(default=0.1, gt=0)
     """Of the Fisher matrix, relative to its mean diagonal."""
-    batch: int = Field(default=8, ge=2)
+    batch: int = Field(default=24, ge=2)
     """Harmful and as many benign requests in a step."""
-    reply_tokens: int = Field(default=2, ge=1, le=64)
+    reply_tokens: int = Field(default=3, ge=1, le=64)
     """k: first tokens of the reply that the loss sees."""
     benign_weight: float = Field(default=0.5, ge=0, le=1)
     """lambda: share of the benign loss."""

@@ -239,7 +239,9 @@ def _resolve(name: str, revision: str | None) -> tuple[Path | str, dict[str, str
 def _read(source: Path | str, origin: dict[str, str], dtype: Dtype) -> tuple[Any, Any]:
     """Read network and tokenizer with transformers; no remote code."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a second's work; ours are for what takes longer
     if origin["kind"] == "gguf":
         source = dequantised(Path(source), origin)
     options: dict[str, Any] = {"revision": origin["revision"]} if origin["kind"] == "hub" else {}

@@ -75,7 +75,9 @@ def forward(model: Model, tails: Sequence[Ids], past: Past, keep: int) -> Tensor
         position_ids=positions,
         past_key_values=past.cache,
         use_cache=True,
-        logits_to_keep=keep,
+        # As indices, not as a count: a slice of hidden states is not contiguous, and the projection to the vocabulary would
+        # then read its weights anew for every row.
+        logits_to_keep=torch.arange(width - keep, width, device=model.device),
     ).logits
     return logits.float()
 

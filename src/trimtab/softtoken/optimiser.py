@@ -36,16 +36,16 @@ class NaturalGradient:
     def step(self, vectors: Tensor, gradients: Tensor, radius: float) -> None:
         """Move `vectors` in place, given per-sample gradients `[B, n_tokens, hidden]` of the loss's terms."""
         self.steps += 1
-        self.fisher.mul_(BETA).add_(
-            torch.einsum("bni,bnj->nij", gradients, gradients), alpha=(1 - BETA) / len(gradients)
-        )
+        self.fisher.mul_(BETA)
+        for block, own in zip(self.fisher, gradients.unbind(1), strict=True):
+            block.addmm_(own.T, own, alpha=(1 - BETA) / len(own))
         self.momentum.mul_(MU).add_(gradients.mean(0), alpha=1 - MU)
         fisher = self.fisher / (1 - BETA**self.steps)
         momentum = self.momentum / (1 - MU**self.steps)
         diagonal = fisher.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)
         eye = torch.eye(fisher.shape[-1], device=fisher.device)
         delta = torch.linalg.solve(fisher + self.damping * diagonal[:, None, None] * eye, momentum)
-        length = torch.einsum("ni,nij,nj->", delta, fisher, delta).clamp(min=1e-18).sqrt()
+        length = (delta * (fisher @ delta.unsqueeze(-1)).squeeze(-1)).sum().clamp(min=1e-18).sqrt()
         delta = delta * (radius / length)
         limit = MAX_GROWTH * vectors.norm(dim=1, keepdim=True) / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)
         vectors.sub_(delta * limit.clamp(max=1))

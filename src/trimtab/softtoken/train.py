@@ -29,7 +29,7 @@ from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_lo
 from trimtab.softtoken.optimiser import NaturalGradient
 
 WINDOW = 8  # batches that are sorted by length together
-START_SCALE = 6.0
+START_SCALE = 1.0
 CALIBRATION_SHARE = 0.2  # of the radius
 Validation = dict[Group, list[float]]
 
