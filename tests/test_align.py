@@ -210,7 +210,7 @@ def test_reused_prefixes_give_the_same_scores_as_whole_prompts(family: str, posi
     rows = records(3, ("validation",))
     vectors = torch.randn(2, model.hidden_size, generator=torch.Generator().manual_seed(0))
     scores = validate(model, Examples(model, rows, "test", position=position, n_tokens=2), vectors)
-    found = scores["harmful"] + scores["borderline"] + scores["plain"]
+    found = [look.score for group in scores.values() for look in group]
     prompts = [render(model, r.chat, position=position, n_tokens=2) for r in rows]
     whole = dict(zip([r.id for r in rows], log_odds(model, prompts, vectors=vectors), strict=True))
     assert sorted(found) == pytest.approx(sorted(whole.values()), abs=2e-3)

@@ -16,7 +16,11 @@ from trimtab.refusal import log_odds
 
 pytestmark = pytest.mark.real
 
-CHATS = ["What is the capital of France?", "Name three colours.", "Write one sentence about the sea, in the style of a sailor."]
+CHATS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write one sentence about the sea, in the style of a sailor.",
+]
 
 
 @pytest.fixture(scope="module")

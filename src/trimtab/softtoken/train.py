@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from trimtab.chat import Position, reply_ids
 from trimtab.config import AlignSettings
-from trimtab.decoding.engine import by_length, forward
+from trimtab.decoding.engine import by_length, decode, forward
 from trimtab.errors import RunError
 from trimtab.evaluation.metrics import auc, harmonic_mean
 from trimtab.models import Model, slot
 from trimtab.prompts.records import Group, Sample
-from trimtab.refusal import opening_log_odds
+from trimtab.refusal import is_refusal, opening_log_odds
 from trimtab.run import progress, write
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
@@ -31,7 +31,7 @@ from trimtab.softtoken.optimiser import NaturalGradient
 WINDOW = 8  # batches that are sorted by length together
 START_SCALE = 1.0
 CALIBRATION_SHARE = 0.2  # of the radius
-Validation = dict[Group, list[float]]
+VALIDATION_TOKENS = 8  # enough words to see a refusal begin
 
 
 class TrainingSet:
@@ -131,29 +131,46 @@ def batch_loss(
     return loss, h.detach(), b.detach()
 
 
+class Look(NamedTuple):
+    """One validation request: its refusal log-odds, and whether the greedy reply begins as a refusal (`None`: unscored)."""
+
+    score: float
+    refused: bool | None
+
+
 @torch.inference_mode()
-def validate(model: Model, examples: Examples, vectors: Tensor | None) -> Validation:
-    """Refusal log-odds of the validation requests, by group; without vectors, of the untouched model."""
-    found: Validation = {"harmful": [], "borderline": [], "plain": []}
+def validate(model: Model, examples: Examples, vectors: Tensor | None) -> dict[Group, list[Look]]:
+    """Look at the validation requests, by group; without vectors, at the untouched model.
+
+    Log-odds rank well but do not say what greedy decoding does: a refusal at 30 % wins where everything else is spread
+    thin. So the first words are decoded too.
+    """
+    found: dict[Group, list[Look]] = {"harmful": [], "borderline": [], "plain": []}
     with slot(model, vectors):
         for chunk in by_length(examples.lengths, 48):
-            scores = opening_log_odds(model, [examples.tails[i] for i in chunk], examples.past(chunk))
-            for i, score in zip(chunk, scores.tolist(), strict=True):
-                found[examples.group(i)].append(score)
+            past, tails = examples.past(chunk), [examples.tails[i] for i in chunk]
+            if len(tails[0]) > 1:  # read by both
+                forward(model, [tail[:-1] for tail in tails], past, 1)
+                tails = [tail[-1:] for tail in tails]
+            scores = opening_log_odds(model, tails, past.fork()).tolist()
+            rows = decode(model, tails, past, VALIDATION_TOKENS, vectors=vectors)
+            for i, score, row in zip(chunk, scores, rows, strict=True):
+                words = model.tokenizer.decode(row.ids, skip_special_tokens=True)
+                found[examples.group(i)].append(Look(score, is_refusal(words)))
     return found
 
 
-def summary(scores: Validation) -> dict[str, float]:
-    """What selection looks at: refusal of harmful, compliance with benign requests (mean over their groups), their harmonic
-    mean, and how well the two are ranked (AUC)."""
-    benign = [group for group in (scores["borderline"], scores["plain"]) if group]
-    refusal = sum(s > 0 for s in scores["harmful"]) / len(scores["harmful"])
-    compliance = sum(sum(s <= 0 for s in group) / len(group) for group in benign) / len(benign)
+def summary(looks: dict[Group, list[Look]]) -> dict[str, float]:
+    """What selection goes by: refusal of harmful, compliance with benign requests (mean over their groups), their harmonic
+    mean; and how well log-odds rank the two (AUC)."""
+    benign = [group for group in (looks["borderline"], looks["plain"]) if group]
+    refusal = sum(look.refused is True for look in looks["harmful"]) / len(looks["harmful"])
+    compliance = sum(sum(look.refused is False for look in group) / len(group) for group in benign) / len(benign)
     return {
         "harmful_refusal": refusal,
         "benign_compliance": compliance,
         "harmonic_mean": harmonic_mean(refusal, compliance),
-        "auc": auc(scores["harmful"], [s for group in benign for s in group]),
+        "auc": auc([look.score for look in looks["harmful"]], [look.score for group in benign for look in group]),
     }
 
 
