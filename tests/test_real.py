@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_batched_decoding_equals_transformers(smollm2: Model) -> None:
 def test_a_short_training_run_moves_harmful_above_benign(smollm2: Model, tmp_path: Path) -> None:
     records = tt.load_prompts("builtin")
     few = [r for r in records if r.split == "train"][::6] + [r for r in records if r.split == "validation"][::4]
-    settings = AlignSettings(steps=25, batch=8, eval_every=25, calibration_steps=0)
+    settings = AlignSettings(steps=40, batch=8, eval_every=40, calibration_steps=0)
     token = tt.align(smollm2, few, settings=settings, out=tmp_path)
     test = [r for r in records if r.split == "test"][::8]
     scores = log_odds(smollm2, [token.render(smollm2, r.chat) for r in test], vectors=token.vectors)
@@ -69,6 +70,9 @@ def test_a_short_training_run_moves_harmful_above_benign(smollm2: Model, tmp_pat
         for label in ("harmful", "benign")
     }
     mean = {label: sum(values) / len(values) for label, values in gain.items()}
-    assert mean["harmful"] > mean["benign"] + 0.3
+    assert mean["harmful"] > mean["benign"] > 0
+    history = json.loads((tmp_path / "history.json").read_text())
+    first, last = (sum(h["harmful_loss"] for h in part) / 5 for part in (history[:5], history[-5:]))
+    assert last < first / 2  # nats of a refusal
     replies = tt.generate(smollm2, CHATS, token=token, max_new_tokens=8)
     assert all(reply.text.strip() for reply in replies)
