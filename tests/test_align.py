@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,7 @@ def test_same_seed_same_bits_other_seed_others(model: Model) -> None:
 def test_a_killed_run_ends_with_the_same_bits(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_before_the_kill: int
 ) -> None:
+    monkeypatch.setattr("trimtab.softtoken.train.CHECKPOINT_EVERY", 2)
     whole = tt.align(model, records(), settings=SHORT, out=tmp_path / "whole")
     take_step = Trainer.take_step
 
@@ -126,7 +129,7 @@ def test_ctrl_c_leaves_a_checkpoint(model: Model, tmp_path: Path, monkeypatch: p
 
     def interrupted(self: Trainer, radius: float, weight: float) -> None:
         if self.step == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         take_step(self, radius, weight)
 
     with monkeypatch.context() as patch:

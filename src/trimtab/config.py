@@ -39,7 +39,7 @@ class AlignSettings(Settings):
     """How many soft tokens; each is one row of hidden size."""
     position: Position | Literal["auto"] = "assistant"
     """Where the token goes; `auto` tries several and keeps the best on validation."""
-    steps: int = Field(default=90, ge=1)
+    steps: int = Field(default=85, ge=1)
     seed: int = 0
     radius: float = Field(default=0.3, gt=0)
     """Step size: how far the samples' losses may move in one step, in nats; the peak of a cosine schedule."""
@@ -60,8 +60,8 @@ class AlignSettings(Settings):
     """Refusal log-odds closer to 0 than this are filtered out as ambiguous."""
     retention: float = Field(default=1.0, ge=0, le=1)
     """Share kept of borderline requests that the model already answers."""
-    eval_every: int = Field(default=45, ge=1)
-    """Steps between looks at the validation split, each with a checkpoint."""
+    eval_every: int = Field(default=85, ge=1)
+    """Steps between looks at the validation split; there is always one at the end."""
     calibration_steps: int = Field(default=20, ge=0)
     """Steps at the end that balance harmful against benign; 0 leaves them out."""
 

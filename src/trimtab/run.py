@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import resource
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -151,6 +153,20 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = "unknown"
     return {"python": platform.python_version(), "platform": platform.platform(), "packages": packages}
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[list[int]]:
+    """While open, Ctrl-C only fills the list: whoever works in whole steps stops between two of them."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread alone
+        yield asked
+        return
+    previous = signal.signal(signal.SIGINT, lambda number, _frame: asked.append(number))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

@@ -23,11 +23,12 @@ from trimtab.evaluation.metrics import auc, harmonic_mean
 from trimtab.models import Model, slot
 from trimtab.prompts.records import Group, Sample
 from trimtab.refusal import is_refusal, opening_log_odds
-from trimtab.run import progress, write
+from trimtab.run import deferred_interrupt, progress, write
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
 from trimtab.softtoken.optimiser import NaturalGradient
 
+CHECKPOINT_EVERY = 10  # steps that a kill may cost
 WINDOW = 8  # batches that are sorted by length together
 START_SCALE = 1.0
 CALIBRATION_SHARE = 0.2  # of the radius
@@ -206,17 +207,20 @@ class Trainer:
         return s.radius * min(1.0, (self.step + 1) / 5) * (0.05 + 0.95 * cosine)
 
     def run(self, advance: Callable[[], None]) -> None:
-        """Train to the end, looking at the validation split every `eval_every` steps. Ctrl-C leaves a checkpoint."""
-        try:
+        """Train to the end, with a look at the validation split every `eval_every` steps.
+
+        Ctrl-C waits for the step under way, so that the checkpoint it leaves is whole.
+        """
+        with deferred_interrupt() as interrupted:
             while self.step < self.settings.steps:
                 self.take_step(self.radius(), self.settings.benign_weight)
                 if self.step % self.settings.eval_every == 0 or self.step == self.settings.steps:
                     self._look()
+                if self.step % CHECKPOINT_EVERY == 0 or self.step == self.settings.steps or interrupted:
                     self.checkpoint()
+                if interrupted:
+                    raise KeyboardInterrupt
                 advance()
-        except KeyboardInterrupt:
-            self.checkpoint()
-            raise
 
     def calibrate(self) -> None:
         """A few small steps from the best vectors towards equal rates of refused harmful and answered benign requests.
