@@ -44,7 +44,7 @@ def main() -> None:
             "--batch",
             str(options.batch),
         ]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found[name] = json.loads(output.strip().splitlines()[-1])
     print(f"{'':16}{'examples/s':>12}{'seconds':>10}{'peak GB':>10}")
     for name, row in found.items():
@@ -87,9 +87,11 @@ def measure(name: str, steps: int, batch: int) -> dict[str, float]:
 
 def trimtab_train(model, samples, settings) -> None:
     """Prepare and train; no validation, which PEFT does not do either."""
+    from trimtab.softtoken.examples import Examples
     from trimtab.softtoken.train import Trainer, TrainingSet
 
-    data = TrainingSet(model, samples, settings, settings.position)
+    base = Examples(model, [s.record for s in samples], "reading prompts")
+    data = TrainingSet(model, samples, base, settings, settings.position)
     trainer = Trainer(model, data, None, settings, None)
     for _ in range(settings.steps):
         trainer.take_step(settings.radius, settings.benign_weight)
