@@ -27,4 +27,4 @@ lint: venv
 	$(BIN)/mypy
 
 bench: venv
-	$(BIN)/python bench/train_bench.py
+	$(BIN)/python bench/train_bench.py --steps 4

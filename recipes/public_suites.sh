@@ -2,14 +2,14 @@
 # The README's figures: train the token with the defaults, then measure it and the untouched model on public suites that it was
 # never trained on. SUITES is a folder of JSONL files ({"id", "prompt", "label"} a line) named as below.
 #
-#   SUITES=path/to/suites recipes/public_suites.sh [RUN]
+#   SUITES=path/to/suites [LIMIT=100] recipes/public_suites.sh [RUN]
 set -euo pipefail
 run=${1:-runs/public}
 suites=${SUITES:?give the folder of the suites in SUITES}
 trimtab=${TRIMTAB:-.venv/bin/trimtab}
 "$trimtab" align smollm2-135m -o "$run"
 chosen=()
-for name in advbench strongreject xstest jbb_behaviors alpacaeval_000_199 gsm8k_000_099; do
+for name in advbench strongreject xstest alpacaeval_000_199 gsm8k_000_099; do
   chosen+=(--suite "$suites/$name.jsonl")
 done
-"$trimtab" eval smollm2-135m --token "$run" --compare -o "$run/public" "${chosen[@]}" --max-new-tokens 32
+"$trimtab" eval smollm2-135m --token "$run" --compare -o "$run/public" "${chosen[@]}" --max-new-tokens 32 ${LIMIT:+--limit "$LIMIT"}
