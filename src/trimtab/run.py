@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -202,8 +202,3 @@ class _PlainProgress:
             self.last = now
             left = (now - self.start) / self.done * (self.total - self.done)
             console.print(f"{self.title}: {self.done}/{self.total}, {now - self.start:.0f} s, {left:.0f} s left")
-
-
-def shown(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they go into a manifest: paths as text."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}

@@ -28,7 +28,7 @@ MEANING = {
     "borderline": "benign requests that only sound harmful",
     "plain": "plain benign requests",
 }
-HARMFUL_WORDS, BENIGN_WORDS = 25, 60
+HARMFUL_WORDS, BENIGN_WORDS = 25, 60  # replies are shown no longer than this
 PAIRS = 4  # of each group
 
 

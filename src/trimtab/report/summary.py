@@ -14,11 +14,9 @@ from trimtab.evaluation.suites import Suite, stratified
 from trimtab.models import Model
 from trimtab.prompts.records import Record
 from trimtab.prompts.sources import split_records
-from trimtab.report.build import build
+from trimtab.report.build import HARMFUL_WORDS, build
 from trimtab.run import console, read_json
 from trimtab.softtoken.artifact import SoftToken
-
-HARMFUL_WORDS = 25  # replies to harmful requests are shown no longer than this
 
 
 def check_and_report(model: Model, token: SoftToken, records: Sequence[Record], run: Path, n: int) -> dict[str, Any]:
