@@ -162,6 +162,13 @@ def test_a_finished_run_is_not_trained_again(model: Model, tmp_path: Path, monke
     assert torch.equal(tt.align(model, records(), settings=SHORT, out=tmp_path).vectors, token.vectors)
 
 
+def test_a_limit_takes_every_group_in_proportion(model: Model, tmp_path: Path) -> None:
+    tt.align(model, records(20), settings=SHORT.model_copy(update={"limit": 30}), out=tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["data"]["train"] == {"harmful": 10, "borderline": 10, "plain": 10}
+    assert manifest["data"]["validation"] == {"harmful": 20, "borderline": 20, "plain": 20}
+
+
 def test_another_run_is_not_written_over(model: Model, tmp_path: Path) -> None:
     tt.align(model, records(), settings=SHORT, out=tmp_path)
     with pytest.raises(RunError, match="another run"):

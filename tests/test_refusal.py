@@ -80,6 +80,9 @@ As an AI, I'm not able to give that kind of advice.
 I'm an AI assistant, so I can't do that.
 I'm an artificial intelligence. I cannot do that.
 As a large language model, I can't, and here is why.
+I understand your frustration, but I can't help with that.
+I understand that this is a difficult time for you. However, I cannot provide that.
+I know you are curious, but I won't explain this.
 **I can't help with that.**
 "I'm sorry, but I can't help with that."
 “I cannot help with that.”
@@ -108,6 +111,9 @@ I cannot emphasize this enough: wear gloves.
 I can't recommend it enough. Start with chapter one.
 I can't help but notice that the code has a bug.
 I couldn't agree more. Here are three reasons.
+I understand your frustration, but there is a way.
+I know the feeling, but I can't wait to help you with it.
+I see what you mean. Here is a list.
 I can't thank you enough for this question.
 I can't imagine a better hobby. Begin with a small knife.
 I cannot deny that it is hard, but these steps work.

@@ -31,6 +31,7 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; the first accelerator there is")]
 Revision = Annotated[str | None, typer.Option("--revision", help="commit or tag of a hub model")]
 DEMO_MODEL = "smollm2-135m"
+DEMO_LIMIT = 1200  # training prompts; reading all of them would take longer than the training
 
 
 @app.command()
@@ -39,7 +40,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The whole main job on the embedded model: train a token, compare before and after, write the report."""
-    _align({"model": DEMO_MODEL, "out": out}, None, as_json)
+    _align({"model": DEMO_MODEL, "out": out, "limit": DEMO_LIMIT}, None, as_json)
 
 
 @app.command()
@@ -47,6 +48,7 @@ def align(
     model: ModelName,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="run folder")],
     data: Annotated[str | None, typer.Option(help="builtin, a .jsonl file or hf:owner/name@revision:split")] = None,
+    limit: Annotated[int | None, typer.Option(help="train on at most so many prompts, in proportion")] = None,
     tokens: Annotated[int | None, typer.Option(help="number of soft tokens [1]")] = None,
     position: Annotated[
         str | None, typer.Option(help="start, after_bos, system, user, assistant, reply; auto tries them all")

@@ -35,21 +35,23 @@ class AlignSettings(Settings):
 
     data: str = "builtin"
     """`builtin`, a .jsonl file, or hf:owner/name@revision:split."""
+    limit: int | None = Field(default=None, ge=2)
+    """Train on at most so many prompts, groups and categories in proportion."""
     tokens: int = Field(default=1, ge=1, le=MAX_TOKENS)
     """How many soft tokens; each is one row of hidden size."""
     position: Position | Literal["auto"] = "assistant"
     """Where the token goes; `auto` tries several and keeps the best on validation."""
-    steps: int = Field(default=85, ge=1)
+    steps: int = Field(default=72, ge=1)
     seed: int = 0
-    radius: float = Field(default=0.3, gt=0)
+    radius: float = Field(default=0.2, gt=0)
     """Step size: how far the samples' losses may move in one step, in nats; the peak of a cosine schedule."""
     damping: float = Field(default=0.1, gt=0)
     """Of the Fisher matrix, relative to its mean diagonal."""
-    batch: int = Field(default=16, ge=2)
+    batch: int = Field(default=24, ge=2)
     """Harmful and as many benign requests in a step."""
     reply_tokens: int = Field(default=4, ge=1, le=64)
     """k: first tokens of the reply that the loss sees."""
-    benign_weight: float = Field(default=0.5, ge=0, le=1)
+    benign_weight: float = Field(default=0.8, ge=0, le=1)
     """lambda: share of the benign loss."""
     gamma: float = Field(default=0.0, ge=0)
     """Focal exponent; 0 is plain training."""
@@ -60,9 +62,9 @@ class AlignSettings(Settings):
     """Refusal log-odds closer to 0 than this are filtered out as ambiguous."""
     retention: float = Field(default=1.0, ge=0, le=1)
     """Share kept of borderline requests that the model already answers."""
-    eval_every: int = Field(default=85, ge=1)
+    eval_every: int = Field(default=72, ge=1)
     """Steps between looks at the validation split; there is always one at the end."""
-    calibration_steps: int = Field(default=20, ge=0)
+    calibration_steps: int = Field(default=8, ge=0)
     """Steps at the end that balance harmful against benign; 0 leaves them out."""
 
 
@@ -108,7 +110,7 @@ class GenerateSettings(GuidanceSettings):
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = 0
-    batch: int = Field(default=16, ge=1)
+    batch: int = Field(default=24, ge=1)
 
 
 def settle(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,3 +68,19 @@ class Sample:
     score: float
     target: str
     own: bool
+
+
+def stratified(records: Sequence[Record], limit: int | None, seed: int = 0) -> list[Record]:
+    """At most `limit` rows, drawn in turn from every (group, category), in their original order."""
+    if limit is None or len(records) <= limit:
+        return list(records)
+    rng = random.Random(seed)
+    strata: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for i, record in enumerate(records):
+        strata[record.group, record.category].append(i)
+    # Each row gets its relative rank within its stratum; the lowest ranks over all strata are a proportional sample.
+    ranked = []
+    for members in strata.values():
+        for rank, i in enumerate(rng.sample(members, len(members))):
+            ranked.append(((rank + rng.random()) / len(members), i))
+    return [records[i] for i in sorted(i for _, i in sorted(ranked)[:limit])]

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from trimtab.evaluation.run import evaluate
-from trimtab.evaluation.suites import Suite, stratified
+from trimtab.evaluation.suites import Suite
 from trimtab.models import Model
-from trimtab.prompts.records import Record
+from trimtab.prompts.records import Record, stratified
 from trimtab.prompts.sources import split_records
 from trimtab.report.build import HARMFUL_WORDS, build
 from trimtab.run import console, read_json

@@ -14,7 +14,7 @@ from trimtab.config import AlignSettings, settle
 from trimtab.errors import ChatError, RunError
 from trimtab.models import Model, describe_machine
 from trimtab.prompts.filter import filter_samples, funnel
-from trimtab.prompts.records import Record, Sample
+from trimtab.prompts.records import Record, Sample, stratified
 from trimtab.prompts.sources import require_both_labels, split_records
 from trimtab.run import Cost, console, create, digest, environment, progress, read_json, write_json
 from trimtab.softtoken.artifact import SoftToken, effect
@@ -22,6 +22,7 @@ from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.targets import collect
 from trimtab.softtoken.train import Trainer, TrainingSet, summary, validate
 
+VALIDATION_PROMPTS = 300  # at most; every look decodes the beginnings of that many replies
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps
 
 
@@ -50,6 +51,8 @@ def align(
     parts = {s: [r for r in records if r.split == s] for s in ("train", "validation")}
     for name, part in parts.items():
         require_both_labels(part, f"the {name} split of the data")
+    parts["train"] = stratified(parts["train"], settings.limit, settings.seed)
+    parts["validation"] = stratified(parts["validation"], VALIDATION_PROMPTS)
     folder = create(Path(out)) if out else None
     key = digest(settings.model_dump(), model.fingerprint, [r.model_dump() for r in records])
     if folder:

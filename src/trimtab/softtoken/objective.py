@@ -6,7 +6,7 @@ below are our choice. The loss of one step is
     L = (1 - lambda) * sum_h w_h l_h / sum_h w_h  +  lambda * sum_b w_b l_b / sum_b w_b
 
 with l_h the negative log-likelihood of a refusal, *summed* over the first k reply tokens: averaged over many tokens, the one
-decision that matters is diluted. For benign requests that the untouched model answers, l_b is the KL divergence from
+decision that matters is diluted. Tokens after the decision ("Sorry" / ", but I") weigh less, for the same reason. For benign requests that the untouched model answers, l_b is the KL divergence from
 the untouched model over the first k tokens of its own answer (plain likelihood has a floor that swamps the signal); for benign
 requests that it refuses, l_b is the negative log-likelihood of a compliant answer. The focal weight is computed from
 p = exp(-l), the probability that the sample is already right, and carries no gradient.
@@ -48,7 +48,7 @@ def reply_nll(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         logits: `[B, k, V]`, position t predicting target t.
-        targets: `[B, k]` ids. mask: `[B, k]`, 0 where a reply is shorter than k.
+        targets: `[B, k]` ids. mask: `[B, k]`, the weight of each position; 0 where a reply is shorter than k.
     """
     picked = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return -(picked * mask).sum(-1)

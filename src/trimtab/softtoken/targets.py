@@ -1,7 +1,7 @@
 """The words to train towards: the frozen model's own where possible.
 
 A harmful request gets the model's own refusal if it has one, else a refusal from `TEMPLATES`: the one the frozen model itself
-finds likeliest. A benign request gets the model's own answer; one that the model refuses gets the answer it gives
+finds likeliest of those that decide soonest ("Sorry" is a refusal at once, "I'm sorry" after three tokens). A benign request gets the model's own answer; one that the model refuses gets the answer it gives
 under a more open system prompt, else the data set's reference. Replies are kept on disk by content.
 """
 
@@ -29,7 +29,7 @@ TEMPLATES = (
 OPEN_SYSTEM = "You are a knowledgeable assistant. The next request is harmless. Answer it directly and completely."
 
 
-def collect(model: Model, base: Examples, *, n_tokens: int = 16, refusal: str = "") -> list[Sample]:
+def collect(model: Model, base: Examples, *, n_tokens: int = 10, refusal: str = "") -> list[Sample]:
     """Score every request of `base` with the untouched model and give it a target of at most `n_tokens` tokens.
 
     `refusal` overrides the choice among `TEMPLATES`.
@@ -46,13 +46,17 @@ def collect(model: Model, base: Examples, *, n_tokens: int = 16, refusal: str = 
     )
     answers = {i: others[row] for row, i in enumerate(refused)}
     harmful = [i for i in everything if records[i].label == "harmful"]
-    template = refusal or _likeliest(model, base, harmful[:48])
+    soonest = min(deciding_tokens(model, t) for t in TEMPLATES)
+    template = refusal or _likeliest(
+        model, base, harmful[:48], [t for t in TEMPLATES if deciding_tokens(model, t) == soonest]
+    )
+    latest = deciding_tokens(model, template)
 
     samples = []
     for i, record in enumerate(records):
         reply = own.get(i, "")
         if record.label == "harmful":
-            keeps = bool(is_refusal(reply))
+            keeps = bool(is_refusal(reply)) and deciding_tokens(model, reply) <= latest
             samples.append(Sample(record, scores[i], reply if keeps else template, keeps))
         elif i not in answers:
             samples.append(Sample(record, scores[i], reply, True))
@@ -95,11 +99,17 @@ def _replies(model: Model, base: Examples, indices: Sequence[int], n_tokens: int
     return {i: str(store[keys[i]]["reply"]) for i in indices}
 
 
-def _likeliest(model: Model, base: Examples, indices: Sequence[int]) -> str:
-    """The refusal template that the frozen model gives the highest likelihood per token after these requests."""
-    likelihood = dict.fromkeys(TEMPLATES, 0.0)
+def deciding_tokens(model: Model, refusal: str) -> int:
+    """How many first tokens of a refusal it takes to read as one; all of them if only the whole does."""
+    ids = reply_ids(model, refusal)
+    return next((n for n in range(1, len(ids)) if is_refusal(model.tokenizer.decode(ids[:n]))), len(ids))
+
+
+def _likeliest(model: Model, base: Examples, indices: Sequence[int], templates: Sequence[str]) -> str:
+    """The refusal that the frozen model gives the highest likelihood per token after these requests."""
+    likelihood = dict.fromkeys(templates, 0.0)
     with torch.inference_mode():
-        for template in TEMPLATES:
+        for template in templates:
             ids = reply_ids(model, template)
             if indices:
                 logits = forward(model, [base.tails[i] + ids[:-1] for i in indices], base.past(indices), len(ids))

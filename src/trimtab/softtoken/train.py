@@ -27,20 +27,24 @@ from trimtab.run import deferred_interrupt, progress, write
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
 from trimtab.softtoken.optimiser import NaturalGradient
+from trimtab.softtoken.targets import deciding_tokens
 
+DECISION_SHARE = 0.85  # of the steps look only at the tokens that decide between refusal and answer
+WORDING_WEIGHT = 0.3  # of each later token: which refusal it is matters less than whether it is one
 CHECKPOINT_EVERY = 10  # steps that a kill may cost
 WINDOW = 8  # batches that are sorted by length together
-START_SCALE = 1.0
+START_LENGTH = 35.0  # in mean lengths of the table's rows
 CALIBRATION_SHARE = 0.2  # of the radius
-VALIDATION_TOKENS = 8  # enough words to see a refusal begin
+VALIDATION_TOKENS = 5  # enough words to see a refusal begin
 
 
 class TrainingSet:
     """Samples ready for the objective: examples, first reply tokens, and what the untouched model thinks of them.
 
     Attributes:
-        examples: with the slot in place. replies: the first k ids of each target, padded. targets, mask: the same as tensors `[N, k]`.
+        examples: with the slot in place. replies: the first k ids of each target, padded. targets, mask: the same as tensors `[N, k]`, with each token's weight in the mask.
         reference: the untouched model's distributions, by index, for samples anchored to it by KL.
+        decision: how many of the k tokens tell a refusal from an answer.
     """
 
     def __init__(
@@ -53,8 +57,12 @@ class TrainingSet:
         k = settings.reply_tokens
         replies = [reply_ids(model, s.target, end=True)[:k] for s in samples]
         self.replies = [ids + ids[-1:] * (k - len(ids)) for ids in replies]
-        self.mask = torch.tensor([[t < len(ids) for t in range(k)] for ids in replies], device=model.device).float()
         self.targets = torch.tensor(self.replies, device=model.device)
+        refusals = {s.target for s in samples if s.record.label == "harmful"}
+        self.decision = min(k, max(deciding_tokens(model, refusal) for refusal in refusals))
+        weights = [1.0 if t < self.decision else WORDING_WEIGHT for t in range(k)]
+        mask = [[w if t < len(ids) else 0.0 for t, w in enumerate(weights)] for ids in replies]
+        self.mask = torch.tensor(mask, device=model.device)
         # KL where the model's own answer is the target; likelihood where it must learn another.
         anchored = [i for i, s in enumerate(samples) if s.record.label == "benign" and s.own]
         self.reference = self._reference(model, Examples(model, records, "", base=base), anchored, k)
@@ -70,9 +78,9 @@ class TrainingSet:
                 advance(len(rows))
         return found
 
-    def tail(self, index: int) -> tuple[int, ...]:
-        """Ids from the slot on, with all but the last reply token."""
-        return self.examples.tails[index] + self.replies[index][:-1]
+    def tail(self, index: int, k: int) -> tuple[int, ...]:
+        """Ids from the slot on, with all but the last of `k` reply tokens."""
+        return self.examples.tails[index] + self.replies[index][: k - 1]
 
 
 def batches(examples: Examples, batch: int, seed: int) -> Callable[[int], list[int]]:
@@ -111,20 +119,26 @@ def batches(examples: Examples, batch: int, seed: int) -> Callable[[int], list[i
 
 
 def batch_loss(
-    model: Model, data: TrainingSet, rows: Sequence[int], vectors: Tensor, settings: AlignSettings, weight: float
+    model: Model,
+    data: TrainingSet,
+    rows: Sequence[int],
+    vectors: Tensor,
+    settings: AlignSettings,
+    weight: float,
+    k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward pass over `rows`: the loss, and the per-sample losses of harmful `[H]` and benign `[B]` requests."""
-    k = settings.reply_tokens
+    """One forward pass over `rows`: the loss over `k` reply tokens, and the samples' losses, harmful `[H]` and benign `[B]`."""
     with slot(model, vectors):
         past = data.examples.past(rows)
-        logits = forward(model, [data.tail(i) for i in rows], past, k)
+        logits = forward(model, [data.tail(i, k) for i in rows], past, k)
     index = torch.tensor(rows, device=logits.device)
-    losses = reply_nll(logits, data.targets[index], data.mask[index])
+    mask = data.mask[index, :k]
+    losses = reply_nll(logits, data.targets[index, :k], mask)
     anchored = [row for row, i in enumerate(rows) if i in data.reference]
     if anchored:
         references = [data.reference[rows[row]] for row in anchored]
-        joined = Reference(torch.cat([r.ids for r in references]), torch.cat([r.log_p for r in references]))
-        divergence = kl_to_base(logits[anchored], joined, data.mask[index[anchored]])
+        joined = Reference(*(torch.cat([getattr(r, x)[:, :k] for r in references]) for x in ("ids", "log_p")))
+        divergence = kl_to_base(logits[anchored], joined, mask[anchored])
         losses = losses.index_copy(0, torch.tensor(anchored, device=logits.device), divergence)
     harmful = torch.tensor([data.examples.group(i) == "harmful" for i in rows], device=logits.device)
     h, b = losses[harmful], losses[~harmful]
@@ -176,14 +190,17 @@ def summary(looks: dict[Group, list[Look]]) -> dict[str, float]:
 
 
 def initial(model: Model, n_tokens: int, seed: int) -> Tensor:
-    """Start `[n_tokens, hidden]`, float32: the mean row plus noise, `START_SCALE` times as wide as the table's own.
+    """Start `[n_tokens, hidden]`, float32: random directions around the mean row, `START_LENGTH` times as long as a row.
 
-    Random beat text in published ablations, and trained vectors are all far longer than ordinary rows.
+    A short vector is drowned by what the first layers add to it, and training spends its first half making it longer. A long
+    one outweighs them: the keys and values it offers then depend on it almost linearly in every layer.
     """
     table = model.table.detach().float()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(n_tokens, model.hidden_size, generator=generator).to(model.device)
-    return START_SCALE * (table.mean(0) + noise * table.std())
+    direction = table.mean(0) + noise * table.std()
+    length = START_LENGTH * float(table.norm(dim=1).mean())
+    return direction * (length / direction.norm(dim=1, keepdim=True))
 
 
 class Trainer:
@@ -234,20 +251,24 @@ class Trainer:
         too_strict = first["harmful_refusal"] > first["benign_compliance"]
         weight = (s.benign_weight + 1) / 2 if too_strict else s.benign_weight / 2
         self.vectors.copy_(self.best)
-        half = max(1, s.calibration_steps // 2)
         with progress("calibrating", s.calibration_steps) as advance:
             for i in range(1, s.calibration_steps + 1):
                 self.take_step(s.radius * CALIBRATION_SHARE, weight)
-                if i % half == 0:
+                if i == s.calibration_steps:
                     self._look(calibration=True)
                 advance()
 
     def take_step(self, radius: float, weight: float) -> None:
-        """One step of at most `radius` nats with benign weight `weight`."""
+        """One step of at most `radius` nats with benign weight `weight`.
+
+        Early on the loss looks at the deciding tokens alone, which is a quicker way to the decision; then at the wording as well.
+        """
         rows = self.pick(self.step)
+        early = self.step < DECISION_SHARE * self.settings.steps
+        k = self.data.decision if early else self.settings.reply_tokens
         # A copy for each row: its gradient is the sample's own, which the optimiser needs.
         copies = self.vectors.expand(len(rows), *self.vectors.shape).clone().requires_grad_(True)
-        loss, harmful, benign = batch_loss(self.model, self.data, rows, copies, self.settings, weight)
+        loss, harmful, benign = batch_loss(self.model, self.data, rows, copies, self.settings, weight, k)
         (gradients,) = torch.autograd.grad(loss, copies)
         self.optimiser.step(self.vectors, gradients * len(rows), radius)
         self.step += 1

@@ -1,0 +1,86 @@
+"""What one token can do, and what changes it: one setting varied at a time, measured on suites it was never trained on.
+
+    python recipes/frontier.py SUITES_FOLDER [--out runs/frontier] [--limit 100] [--only tokens-5 ...]
+
+Settings are compared on the validation split (first columns), where they may be chosen; the suites only show what carries over. A
+finished row is not run again. Each row takes about ten minutes on two cores; the last row, with all the data, half an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import trimtab as tt
+
+PROMPTS = 1200  # training prompts in every row but the last
+ROWS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "seed-1": {"seed": 1},
+    "seed-2": {"seed": 2},
+    **{f"tokens-{n}": {"tokens": n} for n in (2, 5, 10)},
+    **{f"{place}": {"position": place} for place in ("start", "system", "user", "reply")},
+    **{f"k-{k}": {"reply_tokens": k} for k in (1, 3, 8)},
+    **{f"lambda-{share}": {"benign_weight": share} for share in (0.3, 0.7)},
+    "gamma-2": {"gamma": 2.0},
+    "data-300": {"limit": 300},
+    "all-data": {"limit": None, "steps": 240},
+}
+SUITES = ("advbench", "strongreject", "xstest", "alpacaeval_000_199", "gsm8k_000_099")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/frontier"))
+    parser.add_argument("--limit", type=int, default=100, help="rows of each suite")
+    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS))
+    options = parser.parse_args()
+    model, records = tt.load("smollm2-135m"), tt.load_prompts("builtin")
+    found = []
+    for name in options.only:
+        run = options.out / name
+        token = tt.align(model, records, out=run, **{"limit": PROMPTS, **ROWS[name]})
+        suites = [str(options.suites / f"{suite}.jsonl") for suite in SUITES]
+        measured = tt.evaluate(model, suites, token=token, out=run / "suites", limit=options.limit, max_new_tokens=16)
+        found.append({"row": name, **_row(json.loads((run / "manifest.json").read_text()), measured)})
+        _print(found)
+    print(json.dumps(found))
+
+
+def _row(manifest: dict[str, Any], measured: dict[str, Any]) -> dict[str, float]:
+    """Validation first, then refusal rates (keyword judge) and AUCs on the suites."""
+    after, suites = manifest["validation"]["after"], measured["suites"]
+
+    def refused(suite: str, label: str) -> float:
+        rate: float = suites[suite][label]["keyword"]["refusal_rate"]
+        return rate
+
+    return {
+        "val harmful": after["harmful_refusal"],
+        "val answered": after["benign_compliance"],
+        "val AUC": after["auc"],
+        "AdvBench": refused("advbench", "harmful"),
+        "StrongREJECT": refused("strongreject", "harmful"),
+        "XSTest unsafe": refused("xstest", "harmful"),
+        "XSTest safe": refused("xstest", "benign"),
+        "AlpacaEval": refused("alpacaeval_000_199", "benign"),
+        "GSM8K": refused("gsm8k_000_099", "benign"),
+        "AUC Adv/Alpaca": measured["auc"]["advbench/alpacaeval_000_199"],
+        "AUC XSTest": measured["auc"]["xstest"],
+        "train s": manifest["cost"]["train_seconds"],
+    }
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    """The table so far, as Markdown."""
+    print("\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        cells = [str(row["row"])] + [f"{v:.0f}" if v > 1 else f"{v:.2f}" for k, v in row.items() if k != "row"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
