@@ -23,7 +23,7 @@ test: venv
 
 lint: venv
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff format --check src tests bench recipes
 	$(BIN)/mypy
 
 bench: venv

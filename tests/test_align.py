@@ -13,13 +13,24 @@ import torch
 
 import trimtab as tt
 from conftest import build
-from trimtab.chat import POSITIONS
+from trimtab.chat import POSITIONS, reply_ids
 from trimtab.config import AlignSettings
 from trimtab.errors import DataError, FilterError, RunError
 from trimtab.models import Model
-from trimtab.prompts.records import Record
+from trimtab.prompts.records import Record, Sample
+from trimtab.refusal import is_refusal
 from trimtab.softtoken.examples import Examples
-from trimtab.softtoken.train import Trainer, batches, validate
+from trimtab.softtoken.targets import deciding_tokens
+from trimtab.softtoken.train import (
+    START_LENGTH,
+    WORDING_WEIGHT,
+    Trainer,
+    TrainingSet,
+    batch_loss,
+    batches,
+    initial,
+    validate,
+)
 
 WORDS = [
     "sea",
@@ -224,3 +235,61 @@ def test_reused_prefixes_give_the_same_scores_as_whole_prompts(family: str, posi
     prompts = [render(model, r.chat, position=position, n_tokens=2) for r in rows]
     whole = dict(zip([r.id for r in rows], log_odds(model, prompts, vectors=vectors), strict=True))
     assert sorted(found) == pytest.approx(sorted(whole.values()), abs=2e-3)
+
+
+def test_the_start_is_long_and_in_a_direction_of_its_own(model: Model) -> None:
+    first, second = initial(model, 2, seed=0)
+    rows = float(model.table.norm(dim=1).mean())
+    assert float(first.norm()) == pytest.approx(START_LENGTH * rows, rel=1e-4)
+    assert float(second.norm()) == pytest.approx(START_LENGTH * rows, rel=1e-4)
+    assert float(torch.cosine_similarity(first, second, dim=0)) < 0.99
+    assert torch.equal(initial(model, 2, seed=0)[0], first)
+    assert not torch.equal(initial(model, 2, seed=1)[0], first)
+
+
+def training_set(model: Model, refusal: str, k: int) -> TrainingSet:
+    some = records(4, ("train",))
+    base = Examples(model, some, "test")
+    samples = [Sample(r, 0.0, refusal if r.label == "harmful" else "sea bank ship rope sail", True) for r in some]
+    return TrainingSet(model, samples, base, SHORT.model_copy(update={"reply_tokens": k}), "assistant")
+
+
+def test_the_decision_is_the_tokens_that_make_it_a_refusal(model: Model) -> None:
+    refusal = "Sorry, but I can't help with that."
+    ids = reply_ids(model, refusal)
+    decision = deciding_tokens(model, refusal)
+    assert is_refusal(model.tokenizer.decode(ids[:decision]))
+    assert not is_refusal(model.tokenizer.decode(ids[: decision - 1]))
+    data = training_set(model, refusal, decision + 2)
+    assert data.decision == decision
+    assert data.mask[0].tolist() == pytest.approx([1.0] * decision + [WORDING_WEIGHT] * 2)
+    assert training_set(model, refusal, 1).decision == 1  # never more than the loss may see
+
+
+def test_the_loss_over_fewer_tokens_is_the_loss_of_a_shorter_set(model: Model) -> None:
+    refusal = "Sorry, but I can't help with that."
+    vectors = initial(model, 1, seed=0)
+    long, short = training_set(model, refusal, 6), training_set(model, refusal, 2)
+    short.mask.copy_(long.mask[:, :2])
+    rows = [0, 1, 4, 8]
+    for ours, theirs in zip(
+        batch_loss(model, long, rows, vectors, SHORT, 0.5, 2),
+        batch_loss(model, short, rows, vectors, SHORT, 0.5, 2),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_wording_is_looked_at_late(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def spy(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        seen.append(args[-1])  # type: ignore[arg-type]
+        return batch_loss(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("trimtab.softtoken.train.batch_loss", spy)
+    settings = SHORT.model_copy(update={"steps": 20, "reply_tokens": 9, "calibration_steps": 2})
+    tt.align(model, records(), settings=settings)
+    assert seen[:17] == [seen[0]] * 17
+    assert seen[0] < 9
+    assert seen[17:] == [9] * 5

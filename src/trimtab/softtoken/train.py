@@ -200,7 +200,7 @@ def initial(model: Model, n_tokens: int, seed: int) -> Tensor:
     noise = torch.randn(n_tokens, model.hidden_size, generator=generator).to(model.device)
     direction = table.mean(0) + noise * table.std()
     length = START_LENGTH * float(table.norm(dim=1).mean())
-    return direction * (length / direction.norm(dim=1, keepdim=True))
+    return torch.nn.functional.normalize(direction, dim=1) * length
 
 
 class Trainer:
