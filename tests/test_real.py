@@ -59,7 +59,7 @@ def test_batched_decoding_equals_transformers(smollm2: Model) -> None:
 
 def test_a_short_training_run_moves_harmful_above_benign(smollm2: Model, tmp_path: Path) -> None:
     records = tt.load_prompts("builtin")
-    few = [r for r in records if r.split == "train"][::6] + [r for r in records if r.split == "validation"][::4]
+    few = [r for r in records if r.split == "train"][::14] + [r for r in records if r.split == "validation"][::6]
     settings = AlignSettings(steps=40, batch=8, eval_every=40, calibration_steps=0)
     token = tt.align(smollm2, few, settings=settings, out=tmp_path)
     test = [r for r in records if r.split == "test"][::8]

@@ -113,7 +113,15 @@ def manifest(**more: Any) -> dict[str, Any]:
 def history(steps: int) -> list[dict[str, Any]]:
     looks = {"harmful_refusal": 0.5, "benign_compliance": 0.9, "auc": 0.8}
     return [
-        {"step": i, "loss": 1.0, "harmful_loss": 2.0, "benign_loss": 0.5, "norm": 3.0, **(looks if i % 2 == 0 else {})}
+        {
+            "step": i,
+            "loss": 1.0,
+            "harmful_loss": 2.0,
+            "benign_loss": 0.5,
+            "norm": 3.0,
+            "reply_tokens": 1,
+            **(looks if i % 2 == 0 else {}),
+        }
         for i in range(1, steps + 1)
     ]
 
@@ -454,3 +462,11 @@ def test_the_report_needs_no_torch() -> None:
         "import sys, trimtab.report.build; assert not {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_jump_of_the_loss_is_explained(tmp_path: Path) -> None:
+    steps = [{**step, "reply_tokens": 1 if step["step"] < 3 else 4} for step in history(4)]
+    wide, even = write_run(tmp_path / "wide", history=steps), write_run(tmp_path / "even")
+    sentence = "From step 3 on the loss adds the words after the decision (4 tokens"
+    assert sentence in page(wide, out=tmp_path / "wide.html")
+    assert "From step" not in page(even, out=tmp_path / "even.html")

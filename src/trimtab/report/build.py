@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product, takewhile
+from itertools import pairwise, product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -240,10 +240,12 @@ def _training(run: Run) -> dict[str, Any] | None:
         return None
     before, after = run.manifest["validation"]["before"], run.manifest["validation"]["after"]
     pairs = zip(_validated(run.manifest, before), _validated(run.manifest, after), strict=True)
+    widened = [b for a, b in pairwise(run.history) if b["reply_tokens"] > a["reply_tokens"]]
     return {
         "curves": list(plots.curves(run.history, after.get("step"))),
         "rates": [(title, was, now) for (title, was), (_, now) in pairs],
         "auc": (before["auc"], after["auc"]),
+        "widened": widened[0] if widened else None,
     }
 
 

@@ -275,6 +275,7 @@ class Trainer:
         self.history.append(
             {
                 "step": self.step,
+                "reply_tokens": k,
                 "loss": float(loss.detach()),
                 "harmful_loss": float(harmful.mean()),
                 "benign_loss": float(benign.mean()),
