@@ -22,6 +22,7 @@ from trimtab.refusal import is_refusal
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.targets import deciding_tokens
 from trimtab.softtoken.train import (
+    MAX_LENGTH,
     START_LENGTH,
     WORDING_WEIGHT,
     Trainer,
@@ -293,3 +294,10 @@ def test_the_wording_is_looked_at_late(model: Model, monkeypatch: pytest.MonkeyP
     assert seen[:17] == [seen[0]] * 17
     assert seen[0] < 9
     assert seen[17:] == [9] * 5
+
+
+def test_a_vector_does_not_run_away(model: Model) -> None:
+    settings = SHORT.model_copy(update={"steps": 40, "radius": 50.0, "calibration_steps": 0, "eval_every": 40})
+    token = tt.align(model, records(), settings=settings)
+    bound = MAX_LENGTH * START_LENGTH * float(model.table.norm(dim=1).mean())
+    assert bound / 3 < float(token.vectors.norm()) <= bound * 1.001

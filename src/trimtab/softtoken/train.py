@@ -34,6 +34,7 @@ WORDING_WEIGHT = 0.3  # of each later token: which refusal it is matters less th
 CHECKPOINT_EVERY = 10  # steps that a kill may cost
 WINDOW = 8  # batches that are sorted by length together
 START_LENGTH = 35.0  # in mean lengths of the table's rows
+MAX_LENGTH = 10.0  # in start lengths; beyond, steps that only lengthen would make all later ones small
 CALIBRATION_SHARE = 0.2  # of the radius
 VALIDATION_TOKENS = 5  # enough words to see a refusal begin
 
@@ -211,6 +212,7 @@ class Trainer:
     ) -> None:
         self.model, self.data, self.validation, self.settings, self.folder = model, data, validation, settings, folder
         self.vectors = initial(model, settings.tokens, settings.seed)
+        self.start_length = float(self.vectors[0].norm())
         self.optimiser = NaturalGradient(self.vectors, settings.damping)
         self.step = 0
         self.best, self.best_score = self.vectors.clone(), -1.0
@@ -271,6 +273,7 @@ class Trainer:
         loss, harmful, benign = batch_loss(self.model, self.data, rows, copies, self.settings, weight, k)
         (gradients,) = torch.autograd.grad(loss, copies)
         self.optimiser.step(self.vectors, gradients * len(rows), radius)
+        self.vectors.copy_(self.vectors.renorm(2, 0, MAX_LENGTH * self.start_length))
         self.step += 1
         self.history.append(
             {
