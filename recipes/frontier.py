@@ -15,7 +15,7 @@ from typing import Any
 
 import trimtab as tt
 
-PROMPTS = 1200  # training prompts in every row but the last
+PROMPTS = 1200  # training prompts, unless the row says otherwise
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "seed-1": {"seed": 1},

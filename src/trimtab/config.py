@@ -110,7 +110,7 @@ class GenerateSettings(GuidanceSettings):
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = 0
-    batch: int = Field(default=24, ge=1)
+    batch: int = Field(default=16, ge=1)
 
 
 def settle(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S:

@@ -254,11 +254,10 @@ class Trainer:
         weight = (s.benign_weight + 1) / 2 if too_strict else s.benign_weight / 2
         self.vectors.copy_(self.best)
         with progress("calibrating", s.calibration_steps) as advance:
-            for i in range(1, s.calibration_steps + 1):
+            for _ in range(s.calibration_steps):
                 self.take_step(s.radius * CALIBRATION_SHARE, weight)
-                if i == s.calibration_steps:
-                    self._look(calibration=True)
                 advance()
+        self._look(calibration=True)
 
     def take_step(self, radius: float, weight: float) -> None:
         """One step of at most `radius` nats with benign weight `weight`.
