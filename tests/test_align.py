@@ -301,3 +301,19 @@ def test_a_vector_does_not_run_away(model: Model) -> None:
     token = tt.align(model, records(), settings=settings)
     bound = MAX_LENGTH * START_LENGTH * float(model.table.norm(dim=1).mean())
     assert bound / 3 < float(token.vectors.norm()) <= bound * 1.001
+
+
+def test_several_tokens_step_as_each_would_alone() -> None:
+    """At the size of a real model, where solving for all of them at once once went wrong without a word."""
+    n, d, b = 3, 576, 8
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(b, n, d, generator=generator)
+    start = 10 * torch.randn(n, d, generator=generator)
+    together, optimiser = start.clone(), NaturalGradient(start, damping=0.1)
+    optimiser.step(together, gradients, radius=0.1)
+    g = gradients.double()
+    fisher = torch.einsum("bni,bnj->nij", g, g) / b
+    damped = fisher + 0.1 * fisher.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(d)
+    delta = torch.stack([torch.linalg.inv(damped[i]) @ g.mean(0)[i] for i in range(n)])
+    delta *= 0.1 / torch.einsum("ni,nij,nj->", delta, fisher, delta).sqrt()
+    torch.testing.assert_close(together, (start - delta).float(), atol=1e-4, rtol=1e-4)

@@ -100,7 +100,7 @@ def test_kl_of_the_same_model_is_zero_and_pulls_nowhere() -> None:
 
 def test_reference_keeps_the_likeliest_tokens_of_the_rows_asked_for() -> None:
     logits = torch.tensor([[[0.1, 0.6, 0.3]], [[0.7, 0.1, 0.2]]]).log()
-    reference = Reference.of(logits, n=2).rows(torch.tensor([1]))
+    reference = Reference.of(logits, n=2).row(1)
     assert reference.ids.tolist() == [[[0, 2]]]
     torch.testing.assert_close(reference.log_p.exp(), torch.tensor([[[0.7, 0.2]]]))
 

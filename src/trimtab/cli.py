@@ -6,14 +6,18 @@ quick.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from trimtab.errors import TrimtabError
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
 
 app = typer.Typer(
     help="Refine the safety behaviour of a language model with one token, and prove what changed.",
@@ -24,12 +28,57 @@ app = typer.Typer(
 )
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2-135m, a hub id, a folder or a .gguf file")]
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file with the same settings as these options")]
+Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="run folder")]
 Json = Annotated[bool, typer.Option("--json", help="end stdout with one JSON object")]
-Token = Annotated[Path | None, typer.Option("--token", metavar="RUN", help="folder of an align run")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; chosen for the device")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; the first accelerator there is")]
-Revision = Annotated[str | None, typer.Option("--revision", help="commit or tag of a hub model")]
+Seed = Annotated[int | None, typer.Option(help="of everything that is drawn [0]")]
+# Options that several verbs share; None is "not given".
+COMMON: dict[str, Any] = {
+    "dtype": Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; chosen for the device")],
+    "device": Annotated[str | None, typer.Option(help="cpu, cuda, mps; the first accelerator there is")],
+    "revision": Annotated[str | None, typer.Option(help="commit or tag of a hub model")],
+    "config": Annotated[Path | None, typer.Option(help="TOML file with the same settings as these options")],
+    "as_json": Json,
+}
+GUIDANCE: dict[str, Any] = {
+    "token": Annotated[
+        Path | None, typer.Option(metavar="RUN", help="a soft token, always on: folder of an align run")
+    ],
+    "expert": Annotated[
+        str | None, typer.Option(metavar="REF", help="token:RUN, lora:DIR or model:ID, heard when the neuron fires")
+    ],
+    "neuron": Annotated[str | None, typer.Option(help="lif, paper, ema, always, never or random:P [lif]")],
+    "threshold": Annotated[float | None, typer.Option(help="membrane potential at which the neuron fires [1]")],
+    "divergence": Annotated[str | None, typer.Option(help="of base and expert: tv, js, kl or cosine [tv]")],
+    "risk": Annotated[
+        str | None, typer.Option(help="who rates requests: expert, self, logits, guard:MODEL or const:R [expert]")
+    ],
+    "alpha": Annotated[str | None, typer.Option(help="strength from risk: code, paper, or one number for all [code]")],
+    "early_stop": Annotated[str | None, typer.Option(help="cut degenerate tails: off, published or corrected [off]")],
+    "draft": Annotated[int | None, typer.Option(help="tokens a model:ID expert writes ahead; adaptive if not given")],
+}
+
+
+def with_options(*groups: dict[str, Any]) -> Callable[[Verb], Verb]:
+    """Give a verb the options of `groups`, which it receives as keywords."""
+
+    def decorate(verb: Verb) -> Verb:
+        hints = get_type_hints(verb, include_extras=True)
+        hints |= {name: option for group in groups for name, option in group.items()}
+        parameters = [p for p in inspect.signature(verb).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        taken = {p.name for p in parameters} | {"return", "shared"}
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False if option is Json else None)
+            for name, option in hints.items()
+            if name not in taken
+        ]
+        signature = inspect.Signature([p.replace(annotation=hints[p.name]) for p in parameters])
+        verb.__signature__ = signature  # type: ignore[attr-defined]
+        verb.__annotations__ = {name: hint for name, hint in hints.items() if name != "shared"}
+        return verb
+
+    return decorate
+
+
 DEMO_MODEL = "smollm2-135m"
 DEMO_LIMIT = 1200  # training prompts; reading all of them would take longer than the training
 
@@ -44,6 +93,7 @@ def demo(
 
 
 @app.command()
+@with_options(COMMON)
 def align(
     model: ModelName,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="run folder")],
@@ -62,32 +112,24 @@ def align(
     gamma: Annotated[float | None, typer.Option(help="focal exponent; 0 is plain training")] = None,
     focal: Annotated[str | None, typer.Option(help="which samples count most: hard or easy")] = None,
     check: Annotated[int | None, typer.Option(help="held-out prompts compared before and after; 0 for none")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    revision: Revision = None,
-    config: Config = None,
-    as_json: Json = False,
+    **shared: Any,
 ) -> None:
     """Train one soft token; the model stays frozen. The same command goes on with a run that was interrupted."""
-    _align(_given(locals()), config, as_json)
+    _align(_given(locals()), shared["config"], shared["as_json"])
 
 
 @app.command("eval")
+@with_options(GUIDANCE, COMMON)
 def evaluate(
     model: ModelName,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="run folder")],
     suite: Annotated[list[str] | None, typer.Option(help="a .jsonl file or builtin:test; may be repeated")] = None,
-    token: Token = None,
     judge: Annotated[list[str] | None, typer.Option(help="keyword, logit; both if not given")] = None,
     limit: Annotated[int | None, typer.Option(help="at most so many rows a suite, in proportion")] = None,
     compare: Annotated[bool | None, typer.Option("--compare", help="also measure the model without the token")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply")] = None,
     batch: Annotated[int | None, typer.Option(help="replies generated together")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    revision: Revision = None,
-    config: Config = None,
-    as_json: Json = False,
+    **shared: Any,
 ) -> None:
     """Measure refusals on suites of labelled prompts. The same command again does only what is missing."""
     given = _given(locals())
@@ -96,12 +138,12 @@ def evaluate(
     from trimtab.report.build import build
     from trimtab.report.summary import print_results
 
-    settings = settle(EvalSettings, given, config)
+    settings = settle(EvalSettings, given, shared["config"])
     loaded, guidance = _load(settings)
     result = run(
         loaded,
         settings.suite,
-        token=guidance,
+        **guidance,
         out=settings.out,
         compare=settings.compare,
         judges=settings.judge,
@@ -111,56 +153,139 @@ def evaluate(
     )
     print_results(result)
     report_path = build([settings.out], settings.out / "report.html")
-    _finish(as_json, {**result, "report": str(report_path)})
+    _finish(shared["as_json"], {**result, "report": str(report_path)})
 
 
 @app.command()
+@with_options(GUIDANCE, COMMON)
 def generate(
     model: ModelName,
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help='lines {"id", "prompt" | "messages", "prefill"?}')],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT.jsonl", help="replies, in the same order")],
-    token: Token = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply [256]")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy [0]")] = None,
     top_p: Annotated[float | None, typer.Option(help="nucleus; 1 is off")] = None,
-    seed: Annotated[int | None, typer.Option(help="of sampling [0]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="draw from the k likeliest; 0 is off")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="drop what is less likely than this share of the best; 0 is off")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="above 1, what was said is less likely; 1 is off")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="a string that ends a reply; may be repeated")] = None,
+    seed: Seed = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="TRACE.jsonl", help="what the neuron did, a line a token")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="replies generated together")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    revision: Revision = None,
-    config: Config = None,
-    as_json: Json = False,
+    **shared: Any,
 ) -> None:
     """Reply to every prompt of a file: {"id", "reply", "tokens", "stop"} a line, in input order."""
     given = _given(locals())
-    from trimtab.config import GenerateSettings, settle
+    from trimtab.config import SAMPLING, GenerateSettings, settle
     from trimtab.decoding.generate import generate as run
+    from trimtab.decoding.generate import traces
     from trimtab.prompts.sources import read_chats
-    from trimtab.run import create, progress, write
+    from trimtab.run import console, create, progress, write_jsonl
 
-    settings = settle(GenerateSettings, given, config)
-    chats = read_chats(settings.source)
+    settings = settle(GenerateSettings, given, shared["config"])
+    chats, broken = read_chats(settings.source)
     create(settings.out.parent)
     loaded, guidance = _load(settings)
     with progress("replies", len(chats)) as advance:
         replies = run(
             loaded,
             [chat.messages for chat in chats],
-            token=guidance,
+            **guidance,
             prefills=[chat.prefill for chat in chats],
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
+            stop=settings.stop,
+            **settings.model_dump(include=set(SAMPLING)),
             batch_size=settings.batch,
             progress=advance,
         )
-    lines = [
-        {"id": chat.id, "reply": reply.text, "tokens": len(reply.ids), "stop": reply.stop}
+    lines = {
+        chat.line: {
+            **{"id": chat.id, "reply": reply.text, "tokens": len(reply.ids), "stop": reply.stop},
+            **({"error": reply.error} if reply.error else {}),
+        }
         for chat, reply in zip(chats, replies, strict=True)
-    ]
-    write(settings.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    _finish(as_json, {"out": str(settings.out), "n": len(lines)})
+    }
+    lines |= {n: {"id": f"line-{n}", "reply": "", "tokens": 0, "stop": "error", "error": e} for n, e in broken.items()}
+    write_jsonl(settings.out, [lines[n] for n in sorted(lines)])
+    if settings.trace:
+        write_jsonl(settings.trace, traces(loaded, [chat.id for chat in chats], replies))
+    failed = [line["error"] for line in lines.values() if "error" in line]
+    for error in failed:
+        console.print(f"left out: {error}")
+    _finish(shared["as_json"], {"out": str(settings.out), "n": len(lines), "failed": len(failed)})
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@with_options(GUIDANCE, COMMON)
+def chat(
+    model: ModelName,
+    max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply [256]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy [0]")] = None,
+    seed: Seed = None,
+    trace: Annotated[
+        bool | None, typer.Option("--trace", help="colour what the expert chose, draw the membrane")
+    ] = None,
+    **shared: Any,
+) -> None:
+    """Talk to a model, guided or not; an empty line ends it."""
+    given = _given(locals())
+    from trimtab.config import ChatSettings, settle
+    from trimtab.terminal import converse
+
+    settings = settle(ChatSettings, given, shared["config"])
+    loaded, guidance = _load(settings)
+    turns = converse(
+        loaded, guidance, settings.model_dump(include={"max_new_tokens", "temperature", "seed"}), settings.trace
+    )
+    _finish(shared["as_json"], {"messages": turns})
+
+
+@app.command()
+@with_options(COMMON)
+def expert(
+    model: ModelName,
+    out: Out,
+    data: Annotated[str | None, typer.Option(help="builtin, a .jsonl file or hf:owner/name@revision:split")] = None,
+    limit: Annotated[int | None, typer.Option(help="train on at most so many prompts, in proportion")] = None,
+    rank: Annotated[int | None, typer.Option(help="of the adapter's matrices")] = None,
+    steps: Annotated[int | None, typer.Option(help="training steps")] = None,
+    batch: Annotated[int | None, typer.Option(help="harmful, and as many benign, requests in a step")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="of AdamW")] = None,
+    prefix_share: Annotated[
+        float | None, typer.Option(help="share of refusals trained behind a compliant opening")
+    ] = None,
+    max_prefix: Annotated[int | None, typer.Option(help="tokens of an opening, at most")] = None,
+    benign_weight: Annotated[float | None, typer.Option(help="lambda: share of the benign loss, 0 to 1")] = None,
+    check: Annotated[int | None, typer.Option(help="held-out prompts compared before and after; 0 for none")] = None,
+    seed: Seed = None,
+    **shared: Any,
+) -> None:
+    """Train a safety expert for guided decoding: a LoRA adapter that refuses even after a compliant beginning."""
+    given = _given(locals())
+    from trimtab.config import ExpertCommand, ExpertSettings, settle
+    from trimtab.neuron.deep_alignment import train_expert
+    from trimtab.prompts.sources import load_prompts
+    from trimtab.report.summary import check_expert
+    from trimtab.run import console
+
+    settings = settle(ExpertCommand, given, shared["config"])
+    records = load_prompts(settings.data)
+    loaded = _load_model(settings)
+    fields = settings.model_dump(include=set(ExpertSettings.model_fields))
+    try:
+        train_expert(loaded, records, out=settings.out, settings=ExpertSettings(**fields))
+        result = check_expert(loaded, records, settings.out, settings.check)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; run the same command again to go on ({settings.out} is kept)")
+        raise
+    _finish(shared["as_json"], result)
 
 
 @app.command()
@@ -200,7 +325,6 @@ def main() -> None:
 
 def _align(given: dict[str, Any], config: Path | None, as_json: bool) -> None:
     from trimtab.config import AlignCommand, settle
-    from trimtab.models import load
     from trimtab.prompts.sources import load_prompts
     from trimtab.report.summary import check_and_report
     from trimtab.run import console
@@ -208,8 +332,7 @@ def _align(given: dict[str, Any], config: Path | None, as_json: bool) -> None:
 
     settings = settle(AlignCommand, given, config)
     records = load_prompts(settings.data)
-    model = load(settings.model, dtype=settings.dtype, device=settings.device, revision=settings.revision)
-    console.print(f"{model.name}: {model.reason}")
+    model = _load_model(settings)
     try:
         token = run(model, records, out=settings.out, settings=settings.align())
         result = check_and_report(model, token, records, settings.out, settings.check)
@@ -219,23 +342,31 @@ def _align(given: dict[str, Any], config: Path | None, as_json: bool) -> None:
     _finish(as_json, result)
 
 
-def _load(settings: Any) -> tuple[Any, Any]:
-    """The model and, if named, the token made for it."""
+def _load_model(settings: Any) -> Any:
     from trimtab.models import load
     from trimtab.run import console
+
+    model = load(settings.model, dtype=settings.dtype, device=settings.device, revision=settings.revision)
+    console.print(f"{model.name}: {model.reason}")
+    return model
+
+
+def _load(settings: Any) -> tuple[Any, dict[str, Any]]:
+    """The model, and its guidance as `generate` and `evaluate` take it."""
+    from trimtab.neuron.guide import guide_from
     from trimtab.softtoken.artifact import SoftToken
 
     token = SoftToken.load(settings.token) if settings.token else None  # a bad path is told before the model loads
-    model = load(settings.model, dtype=settings.dtype, device=settings.device, revision=settings.revision)
-    console.print(f"{model.name}: {model.reason}")
+    model = _load_model(settings)
     if token:
         token.check(model)
-    return model, token
+    return model, {"token": token, "guide": guide_from(settings, model)}
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     """What the user gave, of a verb's arguments: `None` means "not given"; the rest is not a setting."""
-    return {k: v for k, v in arguments.items() if v is not None and k not in ("config", "as_json")}
+    given = {**arguments, **arguments.get("shared", {})}
+    return {k: v for k, v in given.items() if v is not None and k not in ("config", "as_json", "shared")}
 
 
 def _finish(as_json: bool, result: dict[str, Any]) -> None:

@@ -80,11 +80,61 @@ class AlignCommand(ModelSettings, AlignSettings):
         return AlignSettings(**self.model_dump(include=set(AlignSettings.model_fields)))
 
 
+class ExpertSettings(Settings):
+    """How a LoRA expert is trained."""
+
+    data: str = "builtin"
+    """`builtin`, a .jsonl file, or hf:owner/name@revision:split."""
+    limit: int | None = Field(default=800, ge=2)
+    """Train on at most so many prompts, groups and categories in proportion."""
+    rank: int = Field(default=8, ge=1)
+    """Of each adapter matrix."""
+    lora_alpha: float = Field(default=16, gt=0)
+    """The adapter's output is scaled by lora_alpha / rank."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of AdamW: the peak, after a linear warm-up, of a cosine schedule."""
+    steps: int = Field(default=100, ge=1)
+    batch: int = Field(default=8, ge=1)
+    """Harmful and as many benign requests in a step."""
+    prefix_share: float = Field(default=0.5, ge=0, le=1)
+    """Chance that a refusal is trained behind a compliant opening."""
+    max_prefix: int = Field(default=12, ge=1)
+    """Tokens of an opening, at most."""
+    reply_tokens: int = Field(default=12, ge=1, le=64)
+    """First tokens of the model's own words, answers and refusals, that the loss sees."""
+    benign_weight: float = Field(default=0.5, ge=0, le=1)
+    """lambda: share of the benign loss."""
+    seed: int = 0
+    refusal: str = ""
+    """The refusal to learn where the model has none of its own; the likeliest of a few if empty."""
+
+
+class ExpertCommand(ModelSettings, ExpertSettings):
+    """`trimtab expert`: a model, how to train, and where to."""
+
+    out: Path
+    check: int = Field(default=120, ge=0)
+    """Held-out prompts compared before and after; 0 for none."""
+
+
 class GuidanceSettings(ModelSettings):
-    """A model, and what guides it."""
+    """A model, and what guides it: nothing, a token that is always on, or an expert behind a neuron."""
 
     token: Path | None = None
-    """Folder of an align run; none is the untouched model."""
+    """Folder of an align run."""
+    expert: str | None = None
+    """token:RUN, lora:DIR or model:ID."""
+    neuron: str = "lif"
+    threshold: float | None = Field(default=None, gt=0)
+    """Membrane potential at which the neuron fires; the neuron's own if not given."""
+    divergence: Literal["tv", "js", "kl", "cosine"] = "tv"
+    risk: str = "expert"
+    """Who rates requests: expert, self, logits, guard:MODEL or const:R."""
+    alpha: str = "code"
+    """Strength from risk: code, paper, or one number for all."""
+    early_stop: Literal["off", "published", "corrected"] = "off"
+    draft: int | None = Field(default=None, ge=0, le=64)
+    """Tokens that an expert with weights of its own writes ahead; adaptive if not given."""
 
 
 class EvalSettings(GuidanceSettings):
@@ -96,9 +146,18 @@ class EvalSettings(GuidanceSettings):
     limit: int | None = Field(default=None, ge=1)
     """At most so many rows a suite, stratified by label and category."""
     compare: bool = False
-    """Also measure the model without the token, with paired tests."""
+    """Also measure the model without guidance, with paired tests."""
     max_new_tokens: int = Field(default=64, ge=1)
     batch: int = Field(default=32, ge=1)
+
+
+class ChatSettings(GuidanceSettings):
+    """How replies are drawn in a conversation."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int = 0
+    trace: bool = False
 
 
 class GenerateSettings(GuidanceSettings):
@@ -106,11 +165,21 @@ class GenerateSettings(GuidanceSettings):
 
     source: Path
     out: Path
+    trace: Path | None = None
+    """Where to write what the neuron did, a line a token."""
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
     seed: int = 0
+    stop: tuple[str, ...] = ()
     batch: int = Field(default=16, ge=1)
+
+
+# The settings that `generate` takes by the same name.
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
 def settle(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,6 +44,21 @@ def create(folder: Path) -> Path:
     return folder
 
 
+def claim(folder: Path, key: str) -> None:
+    """Mark a folder as the run's that `key` stands for; the same command may come back to it, another one may not.
+
+    Raises:
+        RunError: another run is there.
+    """
+    mark = folder / "run.json"
+    if mark.exists() and read_json(mark)["key"] != key:
+        raise RunError(
+            f"{folder} holds another run (other model, data or settings).",
+            "Give another folder with -o, or delete this one.",
+        )
+    write_json(mark, {"key": key})
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Write a file whole: a reader sees the old file or the new one, whatever kills us between.
 
@@ -68,6 +83,10 @@ def write(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> Any:

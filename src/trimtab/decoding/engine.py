@@ -1,7 +1,7 @@
 """Batched, cached decoding on ids alone: the engine knows nothing of tokenizers or chats.
 
 Three things live here: `forward`, one pass over the ends of several rows behind what is already cached; `Prefixes`,
-the cached beginnings that never change; and `generate_ids`, prefill and decode until every row has stopped.
+the cached beginnings that never change; and `decode`, token by token until every row has stopped.
 
 Rows are padded on the left, between the cached beginning and their own tokens, so that all rows end in the same column:
 the next token of every row is then read from the last columns alone, and only these are projected to the vocabulary.
@@ -9,15 +9,19 @@ the next token of every row is then read from the last columns alone, and only t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from trimtab.decoding.sampling import BROKEN, Sampling, chance, draw, greedy, penalised
 from trimtab.models import Model, slot
+from trimtab.neuron.neuron import Step
 
 Ids = Sequence[int]
 
@@ -47,6 +51,43 @@ class Past:
         for index, layer in enumerate(self.cache.layers):
             cache.update(layer.keys, layer.values, index)
         return Past(cache, self.mask, self.lengths)
+
+    @classmethod
+    def stack(cls, first: Past, second: Past) -> Past:
+        """Two pasts of one network as one batch, the narrower padded on the left."""
+        width = max(first.mask.shape[1], second.mask.shape[1])
+        cache = DynamicCache()
+        for index, layers in enumerate(zip(first.cache.layers, second.cache.layers, strict=True)):
+            keys = [pad(layer.keys, (0, 0, width - layer.keys.shape[2], 0)) for layer in layers]
+            values = [pad(layer.values, (0, 0, width - layer.values.shape[2], 0)) for layer in layers]
+            cache.update(torch.cat(keys), torch.cat(values), index)
+        masks = [pad(past.mask, (width - past.mask.shape[1], 0)) for past in (first, second)]
+        return cls(cache, torch.cat(masks), torch.cat([first.lengths, second.lengths]))
+
+    def retract(self, counts: Sequence[int]) -> None:
+        """Unread the last `counts[b]` tokens of each row.
+
+        What only some rows unread stays in the cache behind the mask. Once such holes fill a quarter of it, the rows are laid out anew.
+        """
+        columns = torch.arange(self.mask.shape[1], 0, -1, device=self.mask.device)
+        self.mask = self.mask * (columns > torch.tensor(counts, device=self.mask.device).unsqueeze(1))
+        self.lengths = self.lengths - torch.tensor(counts, device=self.mask.device)
+        shorter = self.mask.shape[1] - min(counts)
+        longest = int(self.lengths.max())
+        if shorter > 1.25 * longest:
+            # Real tokens to the right, in their order; what is left of them is padding.
+            order = self.mask.argsort(dim=1, stable=True)[:, -longest:]
+            where = order[:, None, :, None]
+            for layer in self.cache.layers:
+                layer.keys = layer.keys.gather(2, where.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
+                layer.values = layer.values.gather(
+                    2, where.expand(-1, layer.values.shape[1], -1, layer.values.shape[3])
+                )
+            self.mask = self.mask.gather(1, order)
+        elif shorter < self.mask.shape[1]:
+            self.mask = self.mask[:, :shorter]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, :shorter], layer.values[:, :, :shorter]
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows."""
@@ -173,22 +214,61 @@ class Prefixes:
         return past
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. Temperature 0 is greedy; each row draws from its own seeded stream."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
 @dataclass
 class Row:
-    """One reply while it grows. `stop` is `eos`, `length`, or empty while it runs."""
+    """One reply while it grows.
+
+    Attributes:
+        index: its number among all prompts; fixes what is drawn when sampling.
+        limit: at most so many new tokens. prompt: ids before the reply.
+        trace: under guidance, what the neuron did at each token.
+        stop: empty while it runs; `eos`, `length`, `error` (and what it is in `error`), or what a `Watch` said.
+    """
 
     index: int
+    limit: int
+    prompt: Ids = ()
     ids: list[int] = field(default_factory=list)
     stop: str = ""
+    error: str = ""
+    trace: list[Step] = field(default_factory=list)
+
+    def fits(self, model: Model, length: int) -> bool:
+        """Whether a prompt of `length` tokens leaves `model` room for a reply; ends the row if not, lowers its limit if it must."""
+        context = getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        if length >= context:
+            self.stop, self.error = "error", f"a prompt of {length} tokens; {model.name} reads {context} with its reply"
+        else:
+            self.limit = int(min(self.limit, context - length))
+        return not self.stop
+
+    def take(self, token: int, eos_ids: frozenset[int], watch: Watch | None = None) -> None:
+        """Add the next token, or end. `ids` excludes the end-of-turn token."""
+        if token == BROKEN:
+            self.stop, self.error = "error", f"the logits of token {len(self.ids) + 1} are not finite"
+        elif token in eos_ids:
+            self.stop = "eos"
+        else:
+            self.ids.append(token)
+            self.stop = (watch(self) if watch else "") or ("length" if len(self.ids) >= self.limit else "")
+
+
+# From the logits of the running rows `[voices, B, V]` to the next id of each.
+Rule = Callable[[Tensor, Sequence[Row]], list[int]]
+# Sees a row after each of its tokens; a word ends it.
+Watch = Callable[[Row], str]
+
+
+def plain(sampling: Sampling) -> Rule:
+    """The model alone, greedy or sampled."""
+
+    def rule(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        scores = penalised(logits[0], [(*row.prompt, *row.ids) for row in rows], sampling.repetition_penalty)
+        if sampling.temperature == 0:
+            return greedy(scores)
+        return draw(scores, sampling, [chance(sampling.seed, row.index, len(row.ids)) for row in rows])
+
+    return rule
 
 
 def generate_ids(
@@ -199,17 +279,17 @@ def generate_ids(
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     batch_size: int = 32,
+    watch: Watch | None = None,
 ) -> Iterator[Row]:
-    """Continue every prompt; yields the finished rows batch by batch, in no fixed order.
-
-    Prompts are batched by length. `ids` excludes the end-of-turn token.
-    """
+    """Continue every prompt; yields the finished rows batch by batch, in no fixed order. Prompts are batched by length."""
+    rule = plain(sampling or Sampling())
     for chunk in by_length([len(p) for p in prompts], batch_size):
-        with torch.inference_mode(), slot(model, vectors):
-            past, tails = read(model, [prompts[i] for i in chunk])
-            streams = [_stream_seed((sampling or Sampling()).seed, i) for i in chunk]
-            rows = decode(model, tails, past, max_new_tokens, sampling, vectors=vectors, seeds=streams)
-        yield from (Row(chunk[row.index], row.ids, row.stop) for row in rows)
+        rows = [Row(i, max_new_tokens, prompts[i]) for i in chunk]
+        if fit := [row for row in rows if row.fits(model, len(row.prompt))]:
+            with torch.inference_mode(), slot(model, vectors):
+                past, tails = read(model, [row.prompt for row in fit])
+                decode(model, tails, past, fit, rule, vectors=vectors, watch=watch)
+        yield from rows
 
 
 def read(model: Model, prompts: Sequence[Ids]) -> tuple[Past, list[Ids]]:
@@ -222,51 +302,36 @@ def decode(
     model: Model,
     tails: Sequence[Ids],
     past: Past,
-    limit: int,
-    sampling: Sampling | None = None,
+    rows: Sequence[Row],
+    rule: Rule | None = None,
     *,
+    voices: int = 1,
     vectors: Tensor | None = None,
-    seeds: Sequence[int] | None = None,
-) -> list[Row]:
-    """Decode one batch behind `past` to the end: at most `limit` tokens a row.
+    watch: Watch | None = None,
+) -> None:
+    """Let one batch of `rows` grow behind `past` until each has stopped; greedy if no `rule` is given.
 
-    Finished rows leave the batch. The slot ids of `vectors` are never generated. `seeds` start each row's own random stream.
+    With several `voices` the batch holds every row once a voice (`[voices * B]`, voice by voice), each behind a past of its own; the rule
+    sees them all, and what it chooses is read by all. Finished rows leave the batch. The slot ids of `vectors` are never generated.
     """
-    sampling = sampling or Sampling()
-    banned = [i for i in model.slot_ids(vectors.shape[-2]) if i < len(model.table)] if vectors is not None else []
-    rows = [Row(i) for i in range(len(tails))]
-    streams = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(tails))]
-    running = rows
+    rule = rule or plain(Sampling())
+    banned = banned_ids(model, vectors)
+    running = list(rows)
     while running:
         logits = forward(model, tails, past, 1)[:, -1]
         logits[:, banned] = -torch.inf
-        for row, token in zip(running, _choose(logits, running, sampling, streams), strict=True):
-            if token in model.eos_ids:
-                row.stop = "eos"
-            else:
-                row.ids.append(token)
-                row.stop = "length" if len(row.ids) >= limit else ""
+        for row, token in zip(running, rule(logits.view(voices, len(running), -1), running), strict=True):
+            row.take(token, model.eos_ids, watch)
         keep = [i for i, row in enumerate(running) if not row.stop]
-        if len(keep) < len(running):
-            past.select(torch.tensor(keep, dtype=torch.long, device=model.device))
+        if keep and len(keep) < len(running):
+            past.select(torch.tensor([v * len(running) + i for v in range(voices) for i in keep], device=model.device))
         running = [running[i] for i in keep]
-        tails = [[row.ids[-1]] for row in running]
-    return rows
+        tails = [row.ids[-1:] for row in running] * voices
 
 
-def _choose(logits: Tensor, rows: list[Row], sampling: Sampling, streams: list[torch.Generator]) -> list[int]:
-    """The next token of every row; ties go to the lowest id."""
-    if sampling.temperature == 0:
-        greedy: list[int] = logits.argmax(-1).tolist()
-        return greedy
-    probabilities = (logits / sampling.temperature).softmax(-1).cpu()
-    if sampling.top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses top_p stays
-        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(outside, 0))
-    return [
-        int(torch.multinomial(p, 1, generator=streams[row.index])) for p, row in zip(probabilities, rows, strict=True)
-    ]
+def banned_ids(model: Model, vectors: Tensor | None) -> list[int]:
+    """Rows of the table that are never generated: the slots of `vectors`."""
+    return [i for i in model.slot_ids(vectors.shape[-2]) if i < len(model.table)] if vectors is not None else []
 
 
 def common_length(rows: Sequence[Ids]) -> int:
@@ -280,10 +345,6 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
-
-
-def _stream_seed(seed: int, index: int) -> int:
-    return (seed * 1_000_003 + index) % (2**63)
 
 
 def _layers(cache: Any) -> list[tuple[Tensor, Tensor]]:

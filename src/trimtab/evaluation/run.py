@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trimtab.chat import Prompt, render
-from trimtab.decoding.engine import by_length, decode, read
+from trimtab.decoding.engine import Row, by_length, decode, read
+from trimtab.decoding.generate import generate
+from trimtab.errors import ConfigError
 from trimtab.evaluation.judges import JUDGES
 from trimtab.evaluation.metrics import auc, mcnemar, wilson
 from trimtab.evaluation.suites import Suite, load_suite
 from trimtab.models import Model, describe_machine, slot
+from trimtab.neuron.guide import Guide
 from trimtab.prompts.records import Record
 from trimtab.refusal import opening_log_odds
 from trimtab.run import Cost, Records, console, create, digest, environment, progress, write_json
 from trimtab.softtoken.artifact import SoftToken
 
-Row = dict[str, Any]
+Stored = dict[str, Any]
+Guidance = SoftToken | Guide | None
 
 
 def evaluate(
@@ -33,6 +38,7 @@ def evaluate(
     suites: Sequence[str | Suite],
     *,
     token: SoftToken | None = None,
+    guide: Guide | None = None,
     out: str | Path,
     compare: bool = False,
     judges: Sequence[str] = ("keyword", "logit"),
@@ -40,11 +46,11 @@ def evaluate(
     max_new_tokens: int = 64,
     batch_size: int = 32,
 ) -> dict[str, Any]:
-    """Measure refusals of a model, with or without a token, on suites of labelled prompts.
+    """Measure refusals of a model, untouched, with a token or under a guide, on suites of labelled prompts.
 
     Args:
         suites: `.jsonl` files, `builtin:test`, or suites already loaded.
-        token: the guidance; checked against the model.
+        token: a soft token that is always on; checked against the model. guide: neuron-guided decoding. Not both.
         out: run folder for replies and results.
         compare: also measure the untouched model on the same prompts, with paired tests.
         limit: at most so many rows a suite, stratified.
@@ -53,25 +59,30 @@ def evaluate(
         `{"suites": {name: {"n", "harmful"|"benign": {judge: {"refusal_rate", "ci95", "unscored"}}}}, "auc": {...}}`, and with
         `compare` also `base` (the same for the untouched model) and `paired`. Written to `results.json` as well.
     """
+    if token is not None and guide is not None:
+        raise ConfigError("a token that is always on and a guide exclude each other.", "Name the token as the expert.")
     if token is not None:
         token.check(model)
+    expert = guide.expert_for(model) if guide else None
+    guidance: Guidance = replace(guide, expert=expert) if guide and expert else token
     folder, cost = create(Path(out)), Cost()
     loaded = [s if isinstance(s, Suite) else load_suite(s, limit=limit) for s in suites]
     for suite in loaded:
         if len(suite.records) < suite.total:
             console.print(f"{suite.name}: {len(suite.records)} of {suite.total} rows, drawn in proportion")
-    arms: dict[str, SoftToken | None] = {"token" if token else "base": token}
-    if compare:
-        arms["base"] = None
+    main = "guide" if guide else "token" if token else "base"
+    arms: dict[str, Guidance] = {main: guidance, **({"base": None} if compare else {})}
     store = Records(folder / "replies.jsonl")
-    rows: dict[str, dict[str, list[Row]]] = {}
-    for arm, guidance in arms.items():
-        rows[arm] = {s.name: _measure(model, s, arm, guidance, store, max_new_tokens, batch_size) for s in loaded}
-    main = "token" if token else "base"
+    rows: dict[str, dict[str, list[Stored]]] = {
+        arm: {s.name: _measure(model, s, arm, speaker, store, max_new_tokens, batch_size) for s in loaded}
+        for arm, speaker in arms.items()
+    }
     result: dict[str, Any] = {**_results(rows[main], judges), "model": model.name, "arm": main}
-    if token and compare:
+    if main != "base" and compare:
         result["base"] = _results(rows["base"], judges)
-        result["paired"] = {s.name: paired(rows["base"][s.name], rows["token"][s.name], judges) for s in loaded}
+        result["paired"] = {s.name: paired(rows["base"][s.name], rows[main][s.name], judges) for s in loaded}
+    if guide and expert:
+        result["guide"] = {**guide.describe(expert), **{s.name: neuron_activity(rows[main][s.name]) for s in loaded}}
     result["cost"] = cost.record(describe_machine(model.device))
     result["environment"] = environment()
     write_json(folder / "rows.json", {s.name: _side_by_side({arm: rows[arm][s.name] for arm in arms}) for s in loaded})
@@ -80,33 +91,96 @@ def evaluate(
 
 
 def _measure(
-    model: Model, suite: Suite, arm: str, token: SoftToken | None, store: Records, max_new_tokens: int, batch_size: int
-) -> list[Row]:
+    model: Model,
+    suite: Suite,
+    arm: str,
+    guidance: Guidance,
+    store: Records,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Stored]:
     """Rows of one suite under one arm, made or read from the store."""
+    token = guidance if isinstance(guidance, SoftToken) else None
     prompts = [_render(model, record, token) for record in suite.records]
-    identity = [model.fingerprint, str(model.dtype), token.sha256() if token else "", max_new_tokens]
-    keys = [digest(*identity, p.ids) for p in prompts]
+    guide = guidance if isinstance(guidance, Guide) else None
+    who = guide.describe(guide.expert_for(model)) if guide else token.sha256() if token else ""
+    keys = [digest(model.fingerprint, str(model.dtype), who, max_new_tokens, p.ids) for p in prompts]
     missing = [i for i, key in enumerate(keys) if key not in store]
-    vectors = token.vectors.to(model.device) if token else None
     with progress(f"{suite.name} ({arm})", len(missing)) as advance:
         for chunk in by_length([len(prompts[i].ids) for i in missing], batch_size):
             batch = [missing[i] for i in chunk]
-            with torch.inference_mode(), slot(model, vectors):
-                past, tails = read(model, [prompts[i].ids for i in batch])
-                scores = opening_log_odds(model, tails, past.fork()).tolist()
-                rows = decode(model, tails, past, max_new_tokens, vectors=vectors)
-            for i, score, row in zip(batch, scores, rows, strict=True):
-                store.add(
-                    keys[i],
-                    id=suite.records[i].id,
-                    arm=arm,
-                    reply=model.tokenizer.decode(row.ids, skip_special_tokens=True),
-                    tokens=len(row.ids),
-                    stop=row.stop,
-                    log_odds=score if math.isfinite(score) else None,
-                )
-                advance()
+            records = [suite.records[i] for i in batch]
+            if guide:
+                found = _under_guide(model, records, guide, max_new_tokens)
+            else:
+                found = _by_itself(model, [prompts[i] for i in batch], token, max_new_tokens)
+            for i, fields in zip(batch, found, strict=True):
+                store.add(keys[i], id=suite.records[i].id, arm=arm, **fields)
+            advance(len(batch))
     return [{**store[k], **r.model_dump(exclude={"split"})} for r, k in zip(suite.records, keys, strict=True)]
+
+
+@torch.inference_mode()
+def _by_itself(
+    model: Model, prompts: Sequence[Prompt], token: SoftToken | None, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Greedy replies and refusal log-odds, of the untouched model or with a token that is always on."""
+    vectors = token.vectors.to(model.device) if token else None
+    rows = [Row(i, max_new_tokens) for i in range(len(prompts))]
+    with slot(model, vectors):
+        past, tails = read(model, [p.ids for p in prompts])
+        scores = opening_log_odds(model, tails, past.fork()).tolist()
+        decode(model, tails, past, rows, vectors=vectors)
+    for row, score in zip(rows, scores, strict=True):
+        reply = model.tokenizer.decode(row.ids, skip_special_tokens=True)
+        log_odds = score if math.isfinite(score) else None
+        yield {"reply": reply, "tokens": len(row.ids), "stop": row.stop, "log_odds": log_odds}
+
+
+def _under_guide(
+    model: Model, records: Sequence[Record], guide: Guide, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Greedy guided replies with their traces. Two models share a reply, so it has no log-odds: the `logit` judge leaves it unscored."""
+    replies = generate(
+        model,
+        [record.chat for record in records],
+        guide=guide,
+        prefills=[record.prefill for record in records],
+        max_new_tokens=max_new_tokens,
+        batch_size=len(records),
+    )
+    for reply in replies:
+        steps = reply.trace
+        yield {
+            "reply": reply.text,
+            "tokens": len(reply.ids),
+            "stop": reply.stop,
+            "log_odds": None,
+            "alpha": reply.alpha,
+            "risk": reply.rating.risk if reply.rating else None,
+            "rated": reply.rating.parsed if reply.rating else None,
+            "divergence": [round(step.divergence, 4) for step in steps],
+            "potential": [round(step.potential, 4) for step in steps],
+            "spikes": [int(step.spike) for step in steps],
+            "guided": [int(step.guided) for step in steps],
+        }
+
+
+def neuron_activity(rows: Sequence[Stored]) -> dict[str, Any]:
+    """What the neuron did on one suite, by label: share of tokens at which it fired, share that the expert changed, mean divergence, mean alpha, and
+    how many requests the rater could not rate."""
+    found: dict[str, Any] = {}
+    for label, part in _by(rows, "label").items():
+        tokens = sum(len(row.get("spikes", ())) for row in part)
+        total = {what: sum(sum(row.get(what, ())) for row in part) for what in ("spikes", "guided", "divergence")}
+        found[label] = {
+            "spike_rate": total["spikes"] / tokens if tokens else None,
+            "guided_rate": total["guided"] / tokens if tokens else None,
+            "mean_divergence": total["divergence"] / tokens if tokens else None,
+            "mean_alpha": sum(row.get("alpha") or 0 for row in part) / len(part),
+            "unrated": sum(row.get("rated") is False for row in part),
+        }
+    return found
 
 
 def _render(model: Model, record: Record, token: SoftToken | None) -> Prompt:
@@ -115,11 +189,11 @@ def _render(model: Model, record: Record, token: SoftToken | None) -> Prompt:
     return token.render(model, record.chat, prefill=record.prefill)
 
 
-def _results(rows: Mapping[str, list[Row]], judges: Sequence[str]) -> dict[str, Any]:
+def _results(rows: Mapping[str, list[Stored]], judges: Sequence[str]) -> dict[str, Any]:
     return {"suites": {name: summarise(part, judges) for name, part in rows.items()}, "auc": _aucs(rows)}
 
 
-def summarise(rows: Sequence[Row], judges: Sequence[str]) -> dict[str, Any]:
+def summarise(rows: Sequence[Stored], judges: Sequence[str]) -> dict[str, Any]:
     """Refusal rates of one suite by label, group and category."""
     found: dict[str, Any] = {"n": len(rows)}
     for label, part in _by(rows, "label").items():
@@ -130,7 +204,7 @@ def summarise(rows: Sequence[Row], judges: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def rate(rows: Iterable[Row], judge: str) -> dict[str, Any]:
+def rate(rows: Iterable[Stored], judge: str) -> dict[str, Any]:
     """Refusal rate over the scored rows, with a 95 % Wilson interval; `None` where nothing could be scored."""
     verdicts = [JUDGES[judge](row) for row in rows]
     scored = [v for v in verdicts if v is not None]
@@ -144,7 +218,7 @@ def rate(rows: Iterable[Row], judge: str) -> dict[str, Any]:
     }
 
 
-def paired(before: Sequence[Row], after: Sequence[Row], judges: Sequence[str]) -> dict[str, Any]:
+def paired(before: Sequence[Stored], after: Sequence[Stored], judges: Sequence[str]) -> dict[str, Any]:
     """McNemar's exact test on the rows that both arms scored, by label: how many changed, and the p-value."""
     found: dict[str, Any] = {}
     for judge in judges:
@@ -160,7 +234,7 @@ def paired(before: Sequence[Row], after: Sequence[Row], judges: Sequence[str]) -
     return found
 
 
-def _side_by_side(arms: Mapping[str, list[Row]]) -> list[Row]:
+def _side_by_side(arms: Mapping[str, list[Stored]]) -> list[Stored]:
     """Each prompt once, with every arm's reply and the keyword judge's verdict: what the report shows."""
     fields = ("id", "label", "group", "category")
     return [
@@ -176,7 +250,7 @@ def _side_by_side(arms: Mapping[str, list[Row]]) -> list[Row]:
     ]
 
 
-def _aucs(rows: Mapping[str, list[Row]]) -> dict[str, float]:
+def _aucs(rows: Mapping[str, list[Stored]]) -> dict[str, float]:
     """Ranking of harmful above benign by refusal log-odds: within every suite that has both, and between every harmful and
     every benign suite (`harmful/benign`)."""
     scores: dict[str, dict[str, list[float]]] = {
@@ -194,8 +268,8 @@ def _aucs(rows: Mapping[str, list[Row]]) -> dict[str, float]:
     return found
 
 
-def _by(rows: Iterable[Row], field: str) -> dict[str, list[Row]]:
-    parts: dict[str, list[Row]] = defaultdict(list)
+def _by(rows: Iterable[Stored], field: str) -> dict[str, list[Stored]]:
+    parts: dict[str, list[Stored]] = defaultdict(list)
     for row in rows:
         parts[str(row[field])].append(row)
     return dict(parts)

@@ -47,7 +47,9 @@ def load_prompts(source: str | Path, *, split: Split | None = None) -> list[Reco
 
 def read_jsonl(path: Path) -> list[Record]:
     """One record a line; blank lines are passed over, unknown fields ignored, a missing id is made of the line number."""
-    records = [_record(row, where, f"{path.stem}-{number:05d}") for number, where, row in _rows(path)]
+    records = [
+        _record(_object(line, where), where, f"{path.stem}-{number:05d}") for number, where, line in _lines(path)
+    ]
     number, twice = next(((n, i) for i, n in Counter(r.id for r in records).items() if n > 1), (0, ""))
     if twice:
         raise DataError(f"{path}: {number} rows have the id {twice!r}.", "Ids are unique in a file.")
@@ -55,32 +57,46 @@ def read_jsonl(path: Path) -> list[Record]:
 
 
 class Chat(BaseModel):
-    """One conversation to be continued; no label."""
+    """One conversation to be continued; no label. `line` is where it stands in its file."""
 
     model_config = ConfigDict(frozen=True)
 
+    line: int
     id: str
     messages: tuple[dict[str, Any], ...]
     prefill: str = ""
 
 
-def read_chats(path: Path) -> list[Chat]:
-    """The conversations of a file with lines `{"id", "prompt" | "messages", "prefill"?}`; a missing id is the line number."""
-    chats = []
-    for number, where, row in _rows(path):
-        _require_words(row, where)
-        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+def read_chats(path: Path) -> tuple[list[Chat], dict[int, str]]:
+    """The conversations of a file with lines `{"id", "prompt" | "messages", "prefill"?}`; a missing id is the line number.
+
+    Returns:
+        the conversations, and by line number what is wrong with the lines that hold none.
+
+    Raises:
+        DataError: no such file, an empty one, or one with no good line; what is wrong with its first.
+    """
+    chats: list[Chat] = []
+    broken: dict[int, DataError] = {}
+    for number, where, line in _lines(path):
         try:
-            chats.append(
-                Chat(id=str(row.get("id") or number), messages=tuple(messages), prefill=row.get("prefill") or "")
-            )
-        except ValidationError as error:
-            raise _field_error(error, where) from None
-    return chats
+            row = _object(line, where)
+            _require_words(row, where)
+            messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+            name, prefill = str(row.get("id") or number), row.get("prefill") or ""
+            try:
+                chats.append(Chat(line=number, id=name, messages=tuple(messages), prefill=prefill))
+            except ValidationError as error:
+                raise _field_error(error, where) from None
+        except DataError as error:
+            broken[number] = error
+    if not chats:
+        raise next(iter(broken.values()))
+    return chats, {number: error.args[0] for number, error in broken.items()}
 
 
-def _rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Line number, "file, line n" and object of every line that is not blank."""
+def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Line number, "file, line n" and text of every line that is not blank."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
@@ -93,16 +109,18 @@ def _rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
             f"{path} holds no prompts.", 'A line is an object such as {"prompt": "...", "label": "benign"}.'
         )
     for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: not JSON ({error}).", "Each line is one JSON object.") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a {type(row).__name__}, not an object.", "Each line is one JSON object.")
-        yield number, where, row
+        if line.strip():
+            yield number, f"{path}, line {number}", line
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}).", "Each line is one JSON object.") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}, not an object.", "Each line is one JSON object.")
+    return row
 
 
 def _record(row: dict[str, Any], where: str, default_id: str) -> Record:

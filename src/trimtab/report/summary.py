@@ -12,6 +12,11 @@ from rich.table import Table
 from trimtab.evaluation.run import evaluate
 from trimtab.evaluation.suites import Suite
 from trimtab.models import Model
+from trimtab.neuron.expert import load_expert
+from trimtab.neuron.guide import Guide
+from trimtab.neuron.neuron import Neuron
+from trimtab.neuron.rating import alpha_table
+from trimtab.neuron.risk import ConstantRisk
 from trimtab.prompts.records import Record, stratified
 from trimtab.prompts.sources import split_records
 from trimtab.report.build import HARMFUL_WORDS, build
@@ -36,6 +41,26 @@ def check_and_report(model: Model, token: SoftToken, records: Sequence[Record], 
         f"{manifest['token']['numbers']} numbers trained in {cost['train_seconds']:.0f} s on {cost['device']} "
         f"(and {cost['prepare_seconds']:.0f} s to prepare). Report: {result['report']}"
     )
+    return result
+
+
+def check_expert(model: Model, records: Sequence[Record], run: Path, n: int) -> dict[str, Any]:
+    """The expert by itself against the untouched model on `n` held-out prompts, and the report; sums up for the terminal and `--json`."""
+    manifest = read_json(run / "manifest.json")
+    result: dict[str, Any] = {"run": str(run), **{k: manifest[k] for k in ("adapter", "validation", "cost")}}
+    held_out = [r for r in split_records(records) if r.split == "test"]
+    if n and held_out:
+        suite = Suite("held-out", tuple(stratified(held_out, n)), len(held_out))
+        # Always on and at full strength: what guided decoding mixes in, without the neuron and the rating.
+        alone = Guide(load_expert(f"lora:{run}", model), Neuron(kind="always"), ConstantRisk(10), alpha_table("1"))
+        result["check"] = evaluate(model, [suite], guide=alone, out=run / "eval", compare=True, max_new_tokens=40)
+        print_results(result["check"])
+    result["report"] = str(build([run], run / "report.html"))
+    before, after = (manifest["validation"][when]["prefill_refusal"] for when in ("before", "after"))
+    console.print(
+        f"refused after a compliant opening (validation): {percent(before)} before, {percent(after)} as the expert"
+    )
+    console.print(f"trained in {manifest['cost']['train_seconds']:.0f} s. Report: {result['report']}")
     return result
 
 

@@ -11,12 +11,12 @@ from rich.table import Table
 
 from trimtab.chat import POSITIONS, Position, render
 from trimtab.config import AlignSettings, settle
-from trimtab.errors import ChatError, RunError
+from trimtab.errors import ChatError
 from trimtab.models import Model, describe_machine
 from trimtab.prompts.filter import filter_samples, funnel
 from trimtab.prompts.records import Record, Sample, stratified
 from trimtab.prompts.sources import require_both_labels, split_records
-from trimtab.run import Cost, console, create, digest, environment, progress, read_json, write_json
+from trimtab.run import Cost, claim, console, create, digest, environment, progress, write_json
 from trimtab.softtoken.artifact import SoftToken, effect
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.targets import collect
@@ -56,7 +56,7 @@ def align(
     folder = create(Path(out)) if out else None
     key = digest(settings.model_dump(), model.fingerprint, [r.model_dump() for r in records])
     if folder:
-        _claim(folder, key)
+        claim(folder, key)
         if (folder / "manifest.json").exists():
             console.print(f"{folder} holds this very run, finished; nothing to train")
             return SoftToken.load(folder, model)
@@ -121,17 +121,6 @@ def _with_slot(model: Model, held: Examples, settings: AlignSettings, position: 
     """The validation requests with the slot in place."""
     title = "reading validation prompts"
     return Examples(model, held.records, title, position=position, n_tokens=settings.tokens, base=held)
-
-
-def _claim(folder: Path, key: str) -> None:
-    """Mark the folder as this run's; the same command may come back to it, another one may not."""
-    mark = folder / "run.json"
-    if mark.exists() and read_json(mark)["key"] != key:
-        raise RunError(
-            f"{folder} holds another run (other model, data or settings).",
-            "Give another folder with -o, or delete this one.",
-        )
-    write_json(mark, {"key": key})
 
 
 def _filter(

@@ -14,6 +14,7 @@ p = exp(-l), the probability that the sample is already right, and carries no gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,8 +72,14 @@ class Reference:
         top = logits.log_softmax(-1).topk(min(n, logits.shape[-1]), dim=-1)
         return cls(top.indices, top.values)
 
-    def rows(self, index: Tensor) -> Reference:
-        return Reference(self.ids[index], self.log_p[index])
+    def row(self, index: int) -> Reference:
+        """One row, as a batch of one."""
+        return Reference(self.ids[index : index + 1].clone(), self.log_p[index : index + 1].clone())
+
+    @classmethod
+    def join(cls, references: Sequence[Reference], k: int) -> Reference:
+        """Several as one batch, their first `k` positions alone."""
+        return cls(torch.cat([r.ids[:, :k] for r in references]), torch.cat([r.log_p[:, :k] for r in references]))
 
 
 def kl_to_base(logits: Tensor, reference: Reference, mask: Tensor) -> Tensor:

@@ -44,7 +44,9 @@ class NaturalGradient:
         momentum = self.momentum / (1 - MU**self.steps)
         diagonal = fisher.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)
         eye = torch.eye(fisher.shape[-1], device=fisher.device)
-        delta = torch.linalg.solve(fisher + self.damping * diagonal[:, None, None] * eye, momentum)
+        damped = fisher + self.damping * diagonal[:, None, None] * eye
+        # One by one: given several large systems at once, some builds of MKL fail without raising.
+        delta = torch.stack([torch.linalg.solve(f, m) for f, m in zip(damped, momentum, strict=True)])
         length = (delta * (fisher @ delta.unsqueeze(-1)).squeeze(-1)).sum().clamp(min=1e-18).sqrt()
         delta = delta * (radius / length)
         limit = MAX_GROWTH * vectors.norm(dim=1, keepdim=True) / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)

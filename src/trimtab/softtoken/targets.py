@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from trimtab.chat import reply_ids
-from trimtab.decoding.engine import by_length, decode, forward
+from trimtab.decoding.engine import Row, by_length, decode, forward
 from trimtab.models import Model, cache_dir
 from trimtab.prompts.records import Record, Sample
 from trimtab.refusal import is_refusal, opening_log_odds
@@ -46,10 +46,7 @@ def collect(model: Model, base: Examples, *, n_tokens: int = 10, refusal: str = 
     )
     answers = {i: others[row] for row, i in enumerate(refused)}
     harmful = [i for i in everything if records[i].label == "harmful"]
-    soonest = min(deciding_tokens(model, t) for t in TEMPLATES)
-    template = refusal or _likeliest(
-        model, base, harmful[:48], [t for t in TEMPLATES if deciding_tokens(model, t) == soonest]
-    )
+    template = refusal or choose_refusal(model, base, harmful[:48])
     latest = deciding_tokens(model, template)
 
     samples = []
@@ -92,7 +89,8 @@ def _replies(model: Model, base: Examples, indices: Sequence[int], n_tokens: int
     with torch.inference_mode(), progress(title, len(missing)) as advance:
         for chunk in by_length([base.lengths[i] for i in missing], 48):
             batch = [missing[i] for i in chunk]
-            rows = decode(model, [base.tails[i] for i in batch], base.past(batch), n_tokens)
+            rows = [Row(i, n_tokens) for i in batch]
+            decode(model, [base.tails[i] for i in batch], base.past(batch), rows)
             for i, row in zip(batch, rows, strict=True):
                 store.add(keys[i], reply=model.tokenizer.decode(row.ids, skip_special_tokens=True))
             advance(len(batch))
@@ -105,13 +103,14 @@ def deciding_tokens(model: Model, refusal: str) -> int:
     return next((n for n in range(1, len(ids)) if is_refusal(model.tokenizer.decode(ids[:n]))), len(ids))
 
 
-def _likeliest(model: Model, base: Examples, indices: Sequence[int], templates: Sequence[str]) -> str:
-    """The refusal that the frozen model gives the highest likelihood per token after these requests."""
-    likelihood = dict.fromkeys(templates, 0.0)
+def choose_refusal(model: Model, base: Examples, indices: Sequence[int]) -> str:
+    """Of `TEMPLATES` that decide soonest, the one that the frozen model gives the highest likelihood per token after these requests."""
+    decides = {template: deciding_tokens(model, template) for template in TEMPLATES}
+    soonest = [template for template in TEMPLATES if decides[template] == min(decides.values())]
+    likelihood = dict.fromkeys(soonest, 0.0)
     with torch.inference_mode():
-        for template in templates:
+        for template in soonest if indices else ():
             ids = reply_ids(model, template)
-            if indices:
-                logits = forward(model, [base.tails[i] + ids[:-1] for i in indices], base.past(indices), len(ids))
-                likelihood[template] = float(logits.log_softmax(-1)[:, range(len(ids)), ids].mean())
+            logits = forward(model, [base.tails[i] + ids[:-1] for i in indices], base.past(indices), len(ids))
+            likelihood[template] = float(logits.log_softmax(-1)[:, range(len(ids)), ids].mean())
     return max(likelihood, key=lambda template: likelihood[template])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.chat import Position, reply_ids
 from trimtab.config import AlignSettings
-from trimtab.decoding.engine import by_length, decode, forward
+from trimtab.decoding.engine import Row, by_length, decode, forward
 from trimtab.errors import RunError
 from trimtab.evaluation.metrics import auc, harmonic_mean
 from trimtab.models import Model, slot
@@ -75,7 +75,7 @@ class TrainingSet:
                 rows = [anchored[i] for i in chunk]
                 tails = [untouched.tails[i] + self.replies[i][:-1] for i in rows]
                 reference = Reference.of(forward(model, tails, untouched.past(rows), k))
-                found |= {i: reference.rows(torch.tensor([row])) for row, i in enumerate(rows)}
+                found |= {i: reference.row(row) for row, i in enumerate(rows)}
                 advance(len(rows))
         return found
 
@@ -137,8 +137,7 @@ def batch_loss(
     losses = reply_nll(logits, data.targets[index, :k], mask)
     anchored = [row for row, i in enumerate(rows) if i in data.reference]
     if anchored:
-        references = [data.reference[rows[row]] for row in anchored]
-        joined = Reference(*(torch.cat([getattr(r, x)[:, :k] for r in references]) for x in ("ids", "log_p")))
+        joined = Reference.join([data.reference[rows[row]] for row in anchored], k)
         divergence = kl_to_base(logits[anchored], joined, mask[anchored])
         losses = losses.index_copy(0, torch.tensor(anchored, device=logits.device), divergence)
     harmful = torch.tensor([data.examples.group(i) == "harmful" for i in rows], device=logits.device)
@@ -169,7 +168,8 @@ def validate(model: Model, examples: Examples, vectors: Tensor | None) -> dict[G
                 forward(model, [tail[:-1] for tail in tails], past, 1)
                 tails = [tail[-1:] for tail in tails]
             scores = opening_log_odds(model, tails, past.fork()).tolist()
-            rows = decode(model, tails, past, VALIDATION_TOKENS, vectors=vectors)
+            rows = [Row(i, VALIDATION_TOKENS) for i in chunk]
+            decode(model, tails, past, rows, vectors=vectors)
             for i, score, row in zip(chunk, scores, rows, strict=True):
                 words = model.tokenizer.decode(row.ids, skip_special_tokens=True)
                 found[examples.group(i)].append(Look(score, is_refusal(words)))

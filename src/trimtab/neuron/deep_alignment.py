@@ -1,0 +1,369 @@
+"""Train a safety expert by deep alignment (NGSD, section B.6; Qi et al., ICLR 2025): a LoRA adapter on the frozen base.
+
+An aligned model often decides in its first few tokens alone: made to begin with "Sure, here is", it goes on. Deep
+alignment teaches a refusal that may begin late. In one step, with x a request and y an answer,
+
+    L = (1 - lambda) * mean_h -log p(refusal | x_h, o_h)  +  lambda * mean_b KL(p_0(. | x_b, y_b) || p(. | x_b, y_b))
+
+o_h is empty or, with probability `prefix_share`, the first k ~ U{1..max_prefix} tokens that the untouched model p_0
+would itself answer with; only the refusal's tokens are in the loss. Benign requests that p_0 refuses are trained towards
+an answer by likelihood instead. The published recipe takes openings from a data set of harmful answers and trains all
+weights; the base's own openings need no such data, and are what the expert hears when it guards this base. They live in
+memory alone: never written to disk, never logged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from trimtab.chat import reply_ids
+from trimtab.config import ExpertSettings, settle
+from trimtab.decoding.engine import Past, Row, by_length, decode, forward
+from trimtab.errors import NoEffectError, RunError
+from trimtab.models import Model, describe_machine
+from trimtab.neuron.lora import attached, lora_config, save_adapter
+from trimtab.prompts.records import Record, stratified
+from trimtab.prompts.sources import require_both_labels, split_records
+from trimtab.refusal import is_refusal
+from trimtab.run import (
+    Cost,
+    claim,
+    console,
+    create,
+    deferred_interrupt,
+    digest,
+    environment,
+    progress,
+    write,
+    write_json,
+)
+from trimtab.softtoken.examples import Examples
+from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
+from trimtab.softtoken.targets import TEMPLATES, choose_refusal, collect
+from trimtab.softtoken.train import batches, summary, validate
+
+WARM_UP = 10  # steps
+CHECKPOINT_EVERY = 10  # steps that a kill may cost
+VALIDATION_PROMPTS = 150  # at most
+PREFILL = 5  # tokens of the untouched model's opening that validation puts in the expert's mouth
+GOING_ON = 8  # tokens after these, enough to see a refusal begin
+ROWS = 48  # of a batch without gradients
+
+Ids = tuple[int, ...]
+
+
+def train_expert(
+    model: Model,
+    records: Sequence[Record],
+    *,
+    out: Path,
+    settings: ExpertSettings | None = None,
+    **options: Any,
+) -> Path:
+    """Train an expert that refuses harmful requests, however the reply began, and answers benign ones as `model` does.
+
+    Args:
+        model: the base; it is bit for bit the same afterwards, and no adapter is left on it.
+        records: labelled requests; their `train` and `validation` splits are used, never `test`.
+        out: run folder; the expert is in `out/adapter`. A run that was killed goes on from there, to the same bits.
+        settings: see `ExpertSettings`; single fields may be given as keyword `options` instead.
+
+    Returns:
+        `out`, for `lora.load_adapter`.
+
+    Raises:
+        UsageError: peft is missing. ModelError: no attention projections to adapt. DataError: labels of one class only,
+        or no validation prompts. RunError: the folder belongs to another run. NoEffectError: the loss is no number.
+    """
+    settings = settings or settle(ExpertSettings, options)
+    config = lora_config(model, settings.rank, settings.lora_alpha)
+    records = split_records(records)
+    parts = {s: [r for r in records if r.split == s] for s in ("train", "validation")}
+    for name, part in parts.items():
+        require_both_labels(part, f"the {name} split of the data")
+    train = stratified(parts["train"], settings.limit, settings.seed)
+    validation = stratified(parts["validation"], VALIDATION_PROMPTS)
+    folder = create(out)
+    key = digest("expert", settings.model_dump(), model.fingerprint, [r.model_dump() for r in records])
+    claim(folder, key)
+    if (folder / "manifest.json").exists():
+        console.print(f"{folder} holds this very run, finished; nothing to train")
+        return folder
+
+    cost = Cost()
+    data = TrainingSet(model, Examples(model, train, "reading prompts"), settings)
+    held = Examples(model, validation, "reading validation prompts")
+    begun = openings(model, own_words(model, held, PREFILL), PREFILL)
+    before = look(model, held, begun)
+    prepared = cost.record("")["seconds"]
+    with attached(model, config, settings.seed) as expert:
+        trainer = Trainer(expert, data, settings, folder)
+        if trainer.resume():
+            console.print(f"going on from step {trainer.step} of {settings.steps}")
+        with progress("training the expert", settings.steps) as advance:
+            advance(trainer.step)
+            trainer.run(advance)
+        trained = round(cost.record("")["seconds"] - prepared, 2)
+        after = look(expert, Examples(expert, validation, "reading them as the expert"), begun)
+        save_adapter(expert, folder / "adapter")
+    write_json(folder / "history.json", trainer.history)
+    result = {
+        "key": key,
+        "settings": settings.model_dump(),
+        "model": {"name": model.name, "origin": model.origin, "fingerprint": model.fingerprint, "device": model.reason},
+        "adapter": {"numbers": sum(w.numel() for w in trainer.weights.values())},
+        "data": {
+            "train": dict(Counter(r.group for r in data.examples.records)),
+            "with_opening": len(data.openings),
+            "validation": dict(Counter(r.group for r in validation)),
+            "validation_with_opening": len(begun),
+            "refusal": data.refusal,
+        },
+        "validation": {"before": before, "after": after},
+        "cost": {
+            **cost.record(describe_machine(model.device)),
+            "prepare_seconds": prepared,
+            "train_seconds": trained,
+        },
+        "environment": environment(),
+    }
+    write_json(folder / "manifest.json", result)
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    return folder
+
+
+def own_words(model: Model, examples: Examples, limit: int) -> dict[int, Row]:
+    """The untouched model's greedy replies to the harmful requests, by index, at most `limit` tokens each.
+
+    In memory alone: some are compliant, and belong neither on disk (unlike `targets.collect`'s) nor in a log.
+    """
+    harmful = examples.indices("harmful")
+    found = {i: Row(i, limit) for i in harmful}
+    with torch.inference_mode(), progress("how the base model begins", len(harmful)) as advance:
+        for chunk in by_length([examples.lengths[i] for i in harmful], ROWS):
+            rows = [harmful[i] for i in chunk]
+            decode(model, [examples.tails[i] for i in rows], examples.past(rows), [found[i] for i in rows])
+            advance(len(rows))
+    return found
+
+
+def openings(model: Model, replies: dict[int, Row], limit: int) -> dict[int, Ids]:
+    """The first `limit` ids of the replies that do not refuse."""
+    return {i: tuple(row.ids[:limit]) for i, row in replies.items() if is_refusal(_text(model, row.ids)) is False}
+
+
+class TrainingSet:
+    """Requests with what is to be said to each, and what the untouched model thinks of it.
+
+    Attributes:
+        examples: requests that have something to be learned. prompts: their ids, whole.
+        replies: ids in the loss, ended by the end-of-turn id where the reply ends.
+        openings: compliant beginnings, by index. late: ids of the refusal that follows one.
+        reference: the untouched model's distributions over the reply, by index, for samples anchored to it by KL.
+        refusal: in words, where the model has none of its own. length: that all replies are padded to.
+    """
+
+    def __init__(self, model: Model, base: Examples, settings: ExpertSettings) -> None:
+        k, records, harmful = settings.reply_tokens, base.records, base.indices("harmful")
+        self.settings = settings
+        self.refusal = settings.refusal or choose_refusal(model, base, harmful[:ROWS])
+        first = own_words(model, base, max(k, settings.max_prefix))
+        begun = openings(model, first, settings.max_prefix)
+        said = {}
+        for i in harmful:
+            refuses = is_refusal(_text(model, first[i].ids))
+            said[i] = _cut(model, first[i], k) if refuses else reply_ids(model, self.refusal, end=True)
+        answers = _answers(model, Examples(model, [r for r in records if r.label == "benign"], "", base=base), k)
+        said |= {i: answers[r.id][0] for i, r in enumerate(records) if r.id in answers}
+
+        kept = sorted(said)
+        self.examples = Examples(model, [records[i] for i in kept], "", base=base)
+        require_both_labels(self.examples.records, "what is left of the train split")
+        self.prompts = [head + tail for head, tail in zip(self.examples.heads, self.examples.tails, strict=True)]
+        self.replies = [said[i] for i in kept]
+        self.openings = {place: begun[i] for place, i in enumerate(kept) if i in begun}
+        # In the middle of a sentence a word begins with a space.
+        self.late = reply_ids(model, " " + self.refusal, end=True)
+        self.length = max(k, *map(len, [*self.replies, self.late]))
+        own = [i for i, r in enumerate(self.examples.records) if r.id in answers and answers[r.id][1]]
+        self.reference = self._reference(model, own)
+
+    def _reference(self, model: Model, anchored: list[int]) -> dict[int, Reference]:
+        k = self.settings.reply_tokens
+        found: dict[int, Reference] = {}
+        with torch.inference_mode(), progress("the base model's answers", len(anchored)) as advance:
+            for chunk in by_length([self.examples.lengths[i] for i in anchored], ROWS):
+                rows = [anchored[i] for i in chunk]
+                tails = [self.examples.tails[i] + padded(self.replies[i], k)[:-1] for i in rows]
+                reference = Reference.of(forward(model, tails, self.examples.past(rows), k))
+                found |= {i: reference.row(row) for row, i in enumerate(rows)}
+                advance(len(rows))
+        return found
+
+    def task(self, index: int, step: int) -> tuple[Ids, Ids]:
+        """What is read at this step, and what is to be said then.
+
+        It depends on the seed, the step and the request alone, so a resumed run reads the same.
+        """
+        opening, draw = self.openings.get(index), random.Random(f"{self.settings.seed}/{step}/{index}")
+        if opening and draw.random() < self.settings.prefix_share:
+            return self.prompts[index] + opening[: draw.randint(1, len(opening))], self.late
+        return self.prompts[index], self.replies[index]
+
+
+def padded(ids: Ids, length: int) -> Ids:
+    """`ids` with the last one repeated: what comes later cannot change what was thought before; the loss masks it."""
+    return ids + ids[-1:] * (length - len(ids))
+
+
+def batch_loss(expert: Model, data: TrainingSet, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward pass over `rows`: the loss, and the samples' losses, harmful `[H]` and benign `[B]`.
+
+    In nats, summed over each reply; the loss is the equation at the top.
+    """
+    tasks, k = [data.task(i, step) for i in rows], data.length
+    tails = [read + padded(reply, k)[:-1] for read, reply in tasks]
+    logits = forward(expert, tails, Past.empty(len(rows), expert.device), k)
+    targets = torch.tensor([padded(reply, k) for _, reply in tasks], device=logits.device)
+    ends = torch.tensor([len(reply) for _, reply in tasks], device=logits.device)
+    mask = (torch.arange(k, device=logits.device) < ends.unsqueeze(1)).float()
+    losses = reply_nll(logits, targets, mask)
+    if anchored := [row for row, i in enumerate(rows) if i in data.reference]:
+        n = data.settings.reply_tokens
+        reference = Reference.join([data.reference[rows[row]] for row in anchored], n)
+        divergence = kl_to_base(logits[anchored, :n], reference, mask[anchored, :n])
+        losses = losses.index_copy(0, torch.tensor(anchored, device=logits.device), divergence)
+    harmful = torch.tensor([data.examples.group(i) == "harmful" for i in rows], device=logits.device)
+    h, b = losses[harmful], losses[~harmful]
+    return sta_loss(h, b, benign_weight=data.settings.benign_weight, gamma=0.0), h.detach(), b.detach()
+
+
+class Trainer:
+    """The state of a training run: the adapter's weights, AdamW's moments, history. All of it is in a checkpoint."""
+
+    def __init__(self, expert: Model, data: TrainingSet, settings: ExpertSettings, folder: Path) -> None:
+        self.expert, self.data, self.settings, self.folder = expert, data, settings, folder
+        self.weights = {name: w for name, w in expert.network.named_parameters() if w.requires_grad}
+        self.optimiser = torch.optim.AdamW(self.weights.values(), lr=settings.learning_rate)
+        self.pick = batches(data.examples, settings.batch, settings.seed)
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+
+    def rate(self) -> float:
+        """Learning rate of this step: a linear warm-up, then a cosine down to nothing."""
+        s = self.settings
+        return (
+            s.learning_rate * min(1.0, (self.step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * self.step / s.steps))
+        )
+
+    def run(self, advance: Callable[[], None]) -> None:
+        """Train to the end. Ctrl-C waits for the step under way, so that the checkpoint it leaves is whole."""
+        with deferred_interrupt() as interrupted:
+            while self.step < self.settings.steps:
+                self.take_step()
+                if self.step % CHECKPOINT_EVERY == 0 or self.step == self.settings.steps or interrupted:
+                    self.checkpoint()
+                if interrupted:
+                    raise KeyboardInterrupt
+                advance()
+
+    def take_step(self) -> None:
+        rate = self.rate()
+        loss, harmful, benign = batch_loss(self.expert, self.data, self.pick(self.step), self.step)
+        if not loss.isfinite():
+            raise NoEffectError(f"the loss of step {self.step + 1} is no number.", "Train with a lower learning_rate.")
+        loss.backward()  # type: ignore[no-untyped-call]
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.step += 1
+        self.history.append(
+            {
+                "step": self.step,
+                "loss": float(loss.detach()),
+                "harmful_loss": float(harmful.mean()),
+                "benign_loss": float(benign.mean()),
+                "learning_rate": rate,
+            }
+        )
+
+    def checkpoint(self) -> None:
+        """Write everything that a resumed run needs to go on with the same bits.
+
+        One file, so that tensors and step can never disagree after a kill.
+        """
+        tensors = {f"weight/{name}": w.detach() for name, w in self.weights.items()}
+        for name, w in self.weights.items():
+            state = self.optimiser.state[w]
+            tensors |= {f"{moment}/{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        meta = json.dumps({"step": self.step, "history": self.history})
+        write(self.folder / "checkpoint.safetensors", save(tensors, {"state": meta}))
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint, if there is one."""
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                meta: dict[str, Any] = json.loads(file.metadata()["state"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own kinds for damaged files
+            raise RunError(f"{path} cannot be read: {error}", "Delete it to train from the start.") from None
+        for name, w in self.weights.items():
+            w.data.copy_(tensors[f"weight/{name}"])
+            moments = {moment: tensors[f"{moment}/{name}"].to(w.device) for moment in ("exp_avg", "exp_avg_sq")}
+            self.optimiser.state[w] = {"step": torch.tensor(float(meta["step"])), **moments}
+        self.step, self.history = meta["step"], meta["history"]
+        return True
+
+
+def look(model: Model, held: Examples, begun: dict[int, Ids]) -> dict[str, float | None]:
+    """`train.summary` of plain validation, and `prefill_refusal`.
+
+    That is how often a reply made to begin with the untouched model's opening (`begun`, by index) goes on as a refusal;
+    None where there are no openings.
+    """
+    replies = {i: Row(i, GOING_ON) for i in begun}
+    with torch.inference_mode(), progress("validating", len(held.records) + len(begun)) as advance:
+        found = summary(validate(model, held, None))
+        advance(len(held.records))
+        for chunk in by_length([held.lengths[i] for i in replies], ROWS):
+            rows = [list(replies.values())[i] for i in chunk]
+            tails = [held.tails[row.index] + begun[row.index] for row in rows]
+            decode(model, tails, held.past([row.index for row in rows]), rows)
+            advance(len(rows))
+    refused = [is_refusal(_text(model, row.ids)) is True for row in replies.values()]
+    return {**found, "prefill_refusal": sum(refused) / len(refused) if refused else None}
+
+
+def _answers(model: Model, benign: Examples, k: int) -> dict[str, tuple[Ids, bool]]:
+    """First `k` ids of an answer to every benign request, by record id, and whether it is the model's own.
+
+    Requests without an answer are left out.
+    """
+    # One token more than is used: an answer that goes on is not taught to end here.
+    samples = collect(model, benign, n_tokens=k + 1, refusal=TEMPLATES[0])
+    return {s.record.id: (reply_ids(model, s.target, end=True)[:k], s.own) for s in samples if s.own or s.target}
+
+
+def _cut(model: Model, row: Row, k: int) -> Ids:
+    """The first `k` ids of a reply, with the end of the turn where it came by then."""
+    ends = (model.tokenizer.eos_token_id,) if row.stop == "eos" else ()
+    return (*row.ids, *ends)[:k]
+
+
+def _text(model: Model, ids: Sequence[int]) -> str:
+    return str(model.tokenizer.decode(ids, skip_special_tokens=True))

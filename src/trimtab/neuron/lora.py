@@ -1,0 +1,246 @@
+"""The expert as a LoRA adapter on the frozen base: put on, taken off, saved, loaded, and heard row by row.
+
+Base and expert share one set of weights, so one forward pass computes both: some rows of a batch pass the adapter by,
+the others go through it. Saved in PEFT's own format (`adapter_config.json`, `adapter_model.safetensors`), with
+`expert.json` beside it, which knows the model it belongs to (law 5), as `token.json` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from trimtab.chat import template_hash
+from trimtab.errors import ArtefactError, ModelError, RunError, UsageError
+from trimtab.models import Model
+from trimtab.run import create, digest, read_json, write, write_json
+
+FORMAT = 1
+WEIGHTS, CONFIG, IDENTITY = "adapter_model.safetensors", "adapter_config.json", "expert.json"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# PEFT's word for no adapter, and ours for this one.
+BASE, EXPERT = "__base__", "expert"
+
+
+class ExpertIdentity(BaseModel):
+    """What an adapter was trained for; fingerprint and template must match where it is used."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    model: str
+    origin: dict[str, str]
+    fingerprint: str
+    template_hash: str
+    sha256: str
+    """Of `adapter_model.safetensors`."""
+    config_sha256: str
+    """Of `adapter_config.json`: an edited scale would make the expert louder, unnoticed."""
+    seal: str = ""
+
+    def sealed(self) -> str:
+        """Digest of every other field."""
+        return digest(self.model_dump(exclude={"seal"}))
+
+    def check(self, model: Model) -> None:
+        """Raises ArtefactError where `model` is not the one the adapter was trained on, saying what differs."""
+        pairs = {
+            "weights (fingerprint)": (self.fingerprint, model.fingerprint),
+            "chat template (hash)": (self.template_hash, template_hash(model)),
+        }
+        differs = [
+            f"{what}: trained on {theirs}, this model has {ours}"
+            for what, (theirs, ours) in pairs.items()
+            if theirs != ours
+        ]
+        if differs:
+            raise ArtefactError(
+                f"this expert was trained on {self.model}, not on {model.name}.\n    " + "\n    ".join(differs),
+                f"Load {self.model}, or train an expert for {model.name}.",
+            )
+
+
+def load_peft() -> Any:
+    """The optional package peft.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        return import_module("peft")
+    except ImportError:
+        raise UsageError("an expert needs the package peft.", "pip install 'trimtab[expert]'") from None
+
+
+def lora_config(model: Model, rank: int, alpha: float) -> Any:
+    """PEFT's configuration of an adapter on the attention projections; no dropout, so training is deterministic.
+
+    Raises:
+        UsageError: peft is missing. ModelError: the network names its projections otherwise.
+    """
+    linear = {name.rpartition(".")[2] for name, m in model.network.named_modules() if isinstance(m, nn.Linear)}
+    targets = [name for name in ATTENTION if name in linear]
+    if not targets:
+        raise ModelError(
+            f"{model.name} has no attention projection named {', '.join(ATTENTION)}.",
+            f"An expert cannot be trained on this family. Its linear layers: {', '.join(sorted(linear)) or 'none'}.",
+        )
+    return load_peft().LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=targets, task_type="CAUSAL_LM"
+    )
+
+
+@contextmanager
+def attached(model: Model, config: Any, seed: int) -> Iterator[Model]:
+    """While open, the model with a fresh, trainable adapter on it; afterwards, come what may, `model` is as it was.
+
+    PEFT puts its layers into `model.network` itself, so inside `model` speaks as the expert too.
+    """
+    _require_bare(model)
+    fingerprint = model.fingerprint  # of the bare network: PEFT renames its parameters
+    with _wrapping(seed):
+        network = load_peft().get_peft_model(model.network, config, adapter_name=EXPERT)
+    try:
+        yield _dressed(model, network, fingerprint)
+    finally:
+        network.unload()
+
+
+def save_adapter(expert: Model, folder: Path) -> None:
+    """Write the adapter that `expert` wears; `expert.json` last, so that a folder with one is whole."""
+    create(folder)
+    settings = expert.network.peft_config[EXPERT].to_dict()
+    settings |= {"inference_mode": True, "base_model_name_or_path": expert.name}  # no path of this machine
+    write_json(folder / CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()})
+    tensors = load_peft().get_peft_model_state_dict(expert.network, adapter_name=EXPERT, save_embedding_layers=False)
+    data = save_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"format": "pt"})
+    write(folder / WEIGHTS, data)
+    made_for = ExpertIdentity(
+        format=FORMAT,
+        model=expert.name,
+        origin=dict(expert.origin),
+        fingerprint=expert.fingerprint,
+        template_hash=template_hash(expert),
+        sha256=hashlib.sha256(data).hexdigest(),
+        config_sha256=hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest(),
+    )
+    write_json(folder / IDENTITY, {**made_for.model_dump(), "seal": made_for.sealed()})
+
+
+def load_adapter(folder: Path, model: Model) -> Model:
+    """The expert: `model` with the adapter from its folder, or from the run folder above it; silent until `speaking`.
+
+    PEFT puts its layers into `model.network` itself. Outside of `speaking` they only pass on what the base's own layers
+    compute, so both models are the untouched base.
+
+    Raises:
+        ArtefactError: missing, truncated or edited files; a model that differs, and in what.
+        UsageError: peft is missing, or the model wears an adapter already.
+    """
+    path = _adapter_folder(folder)
+    identity(folder).check(model)
+    peft = load_peft()
+    _require_bare(model)
+    fingerprint = model.fingerprint
+    with _wrapping(0):  # PEFT draws weights before it reads them
+        network = peft.PeftModel.from_pretrained(model.network, str(path), adapter_name=EXPERT)
+    network.base_model.disable_adapter_layers()
+    network.eval()
+    return _dressed(model, network, fingerprint)
+
+
+@contextmanager
+def speaking(expert: Model, *, beside_base: bool = False) -> Iterator[None]:
+    """While open, forward passes of `expert` (from `load_adapter`) go through the adapter.
+
+    `beside_base`: the first half of a batch's rows passes it by, and is the untouched base.
+    """
+
+    def name_rows(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        half, rest = len(args[0]) // 2, len(args[0]) - len(args[0]) // 2
+        return args, {**kwargs, "adapter_names": [BASE] * half + [EXPERT] * rest}
+
+    lora_layer = import_module("peft.tuners.lora").LoraLayer
+    layers = [layer for layer in expert.network.modules() if isinstance(layer, lora_layer)] if beside_base else []
+    # PEFT does the same when a forward pass is given `adapter_names`, but leaves its hooks behind if that pass fails.
+    with ExitStack() as stack:
+        stack.callback(expert.network.base_model.disable_adapter_layers)
+        expert.network.base_model.enable_adapter_layers()
+        expert.network.requires_grad_(False)  # enabling asks for gradients
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(name_rows, with_kwargs=True).remove)
+        yield
+
+
+def _dressed(model: Model, network: Any, fingerprint: str) -> Model:
+    """`model` with another network; who it is does not change with what it wears."""
+    network.eval()
+    dressed = replace(model, network=network)
+    dressed.fingerprint = fingerprint
+    return dressed
+
+
+def _require_bare(model: Model) -> None:
+    if getattr(model.network, "peft_config", None):
+        raise UsageError(f"{model.name} wears an adapter already.", "Load the model again for another expert.")
+
+
+@contextmanager
+def _wrapping(seed: int) -> Iterator[None]:
+    """For PEFT's constructors: random numbers from `seed`, the caller's own stream untouched; and no warning about the
+    names in transformers that PEFT has yet to follow."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(seed)  # adapters are drawn on the CPU, whatever device they move to
+        yield
+
+
+def identity(folder: Path) -> ExpertIdentity:
+    """Of a whole, unedited adapter, from its folder or from the run folder above it.
+
+    Raises:
+        ArtefactError: it is not one, and why.
+    """
+    path = _adapter_folder(folder)
+    try:
+        found = ExpertIdentity(**read_json(path / IDENTITY))
+        files = {name: (path / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+    except (RunError, OSError) as error:
+        message = error.args[0] if isinstance(error, RunError) else str(error)
+        raise ArtefactError(f"{path} holds no expert: {message}", "Give the folder of a finished expert run.") from None
+    except (ValidationError, TypeError) as error:
+        raise ArtefactError(f"{path / IDENTITY} is damaged: {error}", "Train the expert again.") from None
+    if found.format != FORMAT:
+        raise ArtefactError(
+            f"{path / IDENTITY} has format {found.format}, this trimtab reads format {FORMAT}.",
+            "Use the version of trimtab that wrote it.",
+        )
+    if found.seal != found.sealed():
+        raise ArtefactError(
+            f"{path / IDENTITY} was edited: its fields do not match their seal.", "Train the expert again."
+        )
+    for name, expected in ((WEIGHTS, found.sha256), (CONFIG, found.config_sha256)):
+        actual = hashlib.sha256(files[name]).hexdigest()
+        if actual != expected:
+            raise ArtefactError(
+                f"{path / name} is not the file that was saved: sha256 {actual[:12]}..., "
+                f"expected {expected[:12]}... ({len(files[name])} bytes).",
+                "It was truncated or edited; copy it again.",
+            )
+    return found
+
+
+def _adapter_folder(folder: Path) -> Path:
+    """The adapter's own folder, where the run folder above it was named."""
+    return folder / "adapter" if (folder / "adapter" / IDENTITY).is_file() else folder

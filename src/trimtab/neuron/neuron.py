@@ -1,0 +1,125 @@
+"""The neuron: one leaky integrate-and-fire unit a row, which decides token by token when the expert may speak (NGSD, section B.3).
+
+    v <- (1 - 1/tau) v + D_t          leak, then integrate the divergence of base and expert
+    spike if v >= threshold           the expert may speak at this token
+    v <- keep * v  (on a spike)       soft reset; keep = 0 is the hard reset
+
+Brief disagreement decays unseen; disagreement that lasts, above threshold / tau a token, makes the unit fire. The published code and
+figures use the soft reset; notes on the paper describe the hard one. Both are presets. `ema`, `always`, `never` and `random:P` are
+for ablations: what does the neuron add over mixing always, never, or as often by chance?
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import ConfigError
+from trimtab.neuron.mix import DIVERGENCES, Divergence
+
+Kind = Literal["lif", "ema", "always", "never", "random"]
+KINDS = "lif, paper, ema, always, never or random:P"
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """Settings of the gate; its state, the membrane potential `[B]`, is the caller's and starts at 0 for every reply.
+
+    Attributes:
+        kind: `lif`, or an ablation.
+        tau: time constant in tokens; the potential decays by 1/tau a token.
+        threshold: potential at which the unit fires.
+        keep: share of the potential that a spike leaves (0.6: soft reset as in the published code; 0: hard reset).
+        rate: chance of a spike at each token, for `random`.
+        divergence: what is integrated, see `mix.DIVERGENCES`.
+    """
+
+    kind: Kind = "lif"
+    tau: float = 8.0
+    threshold: float = 1.0
+    keep: float = 0.6
+    rate: float = 0.0
+    divergence: Divergence = "tv"
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.tau >= 1, f"tau must be at least 1 token (given: {self.tau:g})"),
+            (self.threshold > 0, f"threshold must be above 0 (given: {self.threshold:g})"),
+            (0 <= self.keep < 1, f"keep must be in [0, 1) (given: {self.keep:g})"),
+            (0 <= self.rate <= 1, f"the rate of a random neuron must be in [0, 1] (given: {self.rate:g})"),
+            (self.divergence in DIVERGENCES, f"unknown divergence {self.divergence!r}"),
+        )
+        if wrong := [message for holds, message in checks if not holds]:
+            raise ConfigError(f"neuron: {'; '.join(wrong)}.", f"Divergences: {', '.join(DIVERGENCES)}.")
+
+    @classmethod
+    def named(cls, name: str) -> Neuron:
+        """A preset: `lif` (the published code), `paper` (hard reset), `ema`, `always`, `never`, or `random:P`.
+
+        Raises:
+            ConfigError: another name, or a P that is no probability.
+        """
+        kind, _, rate = name.partition(":")
+        if kind == "random":
+            try:
+                return cls(kind="random", rate=float(rate))
+            except ValueError:
+                raise ConfigError(f"neuron {name!r}: {rate!r} is no number.", "Write random:0.43.") from None
+        presets = {
+            "lif": cls(),
+            "paper": cls(keep=0.0),
+            "ema": cls(kind="ema", tau=2.0, threshold=0.5),
+            "always": cls(kind="always"),
+            "never": cls(kind="never"),
+        }
+        if name not in presets:
+            raise ConfigError(f"unknown neuron {name!r}.", f"Known: {KINDS}.")
+        return presets[name]
+
+    def step(self, potential: Tensor, divergence: Tensor, chance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token: `(charged, spike, after)`, each `[B]`.
+
+        Args:
+            potential: the membrane before this token. divergence: D_t of this token. chance: uniform numbers in [0, 1), used by
+                `random` alone.
+
+        Returns:
+            the potential before the reset, whether the unit fires, and the potential after the reset. A D_t that is not a
+            number makes the unit fire: fail safe.
+        """
+        share = 1 / self.tau if self.kind == "ema" else 1.0
+        charged = (1 - 1 / self.tau) * potential + share * divergence
+        if self.kind in ("lif", "ema"):
+            spike = ~(charged < self.threshold)
+        elif self.kind == "random":
+            spike = chance < self.rate
+        else:
+            spike = torch.full_like(charged, self.kind == "always", dtype=torch.bool)
+        after = torch.where(spike, self.keep * charged, charged) if self.kind == "lif" else charged
+        return charged, spike, after
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happened at one token: the trace.
+
+    Attributes:
+        divergence: D_t. potential: of the membrane before a reset. spike: whether the neuron fired. alpha: strength of the expert.
+        base, expert: the likeliest id of each. chosen: the id that was said.
+    """
+
+    divergence: float
+    potential: float
+    spike: bool
+    alpha: float
+    base: int
+    expert: int
+    chosen: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether the expert changed what is said (greedy decoding)."""
+        return self.spike and self.chosen != self.base
