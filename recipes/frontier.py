@@ -1,9 +1,9 @@
 """What one token can do, and what changes it: one setting varied at a time, measured on suites it was never trained on.
 
-    python recipes/frontier.py SUITES_FOLDER [--out runs/frontier] [--limit 100] [--only tokens-5 ...]
+    python recipes/frontier.py SUITES_FOLDER [--out runs/frontier] [--limit 100] [--only "5 tokens" ...]
 
 Settings are compared on the validation split (first columns), where they may be chosen; the suites only show what carries over. A
-finished row is not run again. Each row takes about eight minutes on two cores; the last row, with all the prompts, twenty.
+finished row is not run again. A row takes six to eight minutes on two cores; with all the prompts, or at an early place, twenty.
 """
 
 from __future__ import annotations
@@ -18,15 +18,21 @@ import trimtab as tt
 PROMPTS = 1200  # training prompts, unless the row says otherwise
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
-    "seed-1": {"seed": 1},
-    "seed-2": {"seed": 2},
-    **{f"tokens-{n}": {"tokens": n} for n in (2, 5, 10)},
-    **{f"{place}": {"position": place} for place in ("start", "system", "user", "reply")},
-    **{f"k-{k}": {"reply_tokens": k} for k in (1, 3, 8)},
-    **{f"lambda-{share}": {"benign_weight": share} for share in (0.3, 0.7)},
-    "gamma-2": {"gamma": 2.0},
-    "data-300": {"limit": 300},
-    "all-prompts": {"limit": None, "steps": 160},
+    "5 tokens": {"tokens": 5},
+    "all prompts": {"limit": None, "steps": 160},
+    "all prompts, 5 tokens": {"limit": None, "steps": 160, "tokens": 5},
+    "seed 1": {"seed": 1},
+    "seed 2": {"seed": 2},
+    "lambda 0.5": {"benign_weight": 0.5},
+    "lambda 0.9": {"benign_weight": 0.9},
+    "10 tokens": {"tokens": 10},
+    "2 tokens": {"tokens": 2},
+    "I'm sorry": {"refusal": "I'm sorry, but I can't help with that."},
+    "300 prompts": {"limit": 300},
+    "gamma 2": {"gamma": 2.0},
+    "k = 1": {"reply_tokens": 1},
+    "k = 8": {"reply_tokens": 8},
+    **{f"at {place}": {"position": place} for place in ("reply", "system", "user", "start")},
 }
 SUITES = ("advbench", "strongreject", "xstest", "alpacaeval_000_199", "gsm8k_000_099")
 
@@ -41,7 +47,7 @@ def main() -> None:
     model, records = tt.load("smollm2-135m"), tt.load_prompts("builtin")
     found = []
     for name in options.only:
-        run = options.out / name
+        run = options.out / name.replace(" ", "-").replace("'", "")
         token = tt.align(model, records, out=run, **{"limit": PROMPTS, **ROWS[name]})
         suites = [str(options.suites / f"{suite}.jsonl") for suite in SUITES]
         measured = tt.evaluate(model, suites, token=token, out=run / "suites", limit=options.limit, max_new_tokens=16)
@@ -70,7 +76,6 @@ def _row(manifest: dict[str, Any], measured: dict[str, Any]) -> dict[str, float]
         "GSM8K": refused("gsm8k_000_099", "benign"),
         "AUC Adv/Alpaca": measured["auc"]["advbench/alpacaeval_000_199"],
         "AUC XSTest": measured["auc"]["xstest"],
-        "train s": manifest["cost"]["train_seconds"],
     }
 
 
@@ -78,7 +83,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     """The table so far, as Markdown."""
     print("\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
-        cells = [str(row["row"])] + [f"{v:.0f}" if v > 1 else f"{v:.2f}" for k, v in row.items() if k != "row"]
+        cells = [str(row["row"])] + [f"{v:.2f}" for k, v in row.items() if k != "row"]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

@@ -20,6 +20,7 @@ from trimtab.models import Model
 from trimtab.prompts.records import Record, Sample
 from trimtab.refusal import is_refusal
 from trimtab.softtoken.examples import Examples
+from trimtab.softtoken.optimiser import NaturalGradient
 from trimtab.softtoken.targets import deciding_tokens
 from trimtab.softtoken.train import (
     MAX_LENGTH,
