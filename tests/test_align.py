@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import trimtab as tt
-from conftest import build
-from trimtab.chat import POSITIONS, reply_ids
+from conftest import build, naive_logits, naive_reply
+from trimtab.chat import POSITIONS, render, reply_ids
 from trimtab.config import AlignSettings
 from trimtab.errors import DataError, FilterError, RunError
 from trimtab.models import Model
@@ -24,6 +24,7 @@ from trimtab.softtoken.optimiser import NaturalGradient
 from trimtab.softtoken.targets import deciding_tokens
 from trimtab.softtoken.train import (
     MAX_LENGTH,
+    MAX_PREFIX,
     START_LENGTH,
     WORDING_WEIGHT,
     Trainer,
@@ -31,6 +32,7 @@ from trimtab.softtoken.train import (
     batch_loss,
     batches,
     initial,
+    token_weights,
     validate,
 )
 
@@ -249,11 +251,11 @@ def test_the_start_is_long_and_in_a_direction_of_its_own(model: Model) -> None:
     assert not torch.equal(initial(model, 2, seed=1)[0], first)
 
 
-def training_set(model: Model, refusal: str, k: int) -> TrainingSet:
+def training_set(model: Model, refusal: str, k: int, **options: object) -> TrainingSet:
     some = records(4, ("train",))
     base = Examples(model, some, "test")
     samples = [Sample(r, 0.0, refusal if r.label == "harmful" else "sea bank ship rope sail", True) for r in some]
-    return TrainingSet(model, samples, base, SHORT.model_copy(update={"reply_tokens": k}), "assistant")
+    return TrainingSet(model, samples, base, SHORT.model_copy(update={"reply_tokens": k, **options}), "assistant")
 
 
 def test_the_decision_is_the_tokens_that_make_it_a_refusal(model: Model) -> None:
@@ -264,7 +266,8 @@ def test_the_decision_is_the_tokens_that_make_it_a_refusal(model: Model) -> None
     assert not is_refusal(model.tokenizer.decode(ids[: decision - 1]))
     data = training_set(model, refusal, decision + 2)
     assert data.decision == decision
-    assert data.mask[0].tolist() == pytest.approx([1.0] * decision + [WORDING_WEIGHT] * 2)
+    assert token_weights(9, 3, 5) == [1.0] * 3 + [WORDING_WEIGHT] * 2
+    assert token_weights(4, 3, 6) == [1.0] * 3 + [WORDING_WEIGHT, 0.0, 0.0]
     assert training_set(model, refusal, 1).decision == 1  # never more than the loss may see
 
 
@@ -272,7 +275,8 @@ def test_the_loss_over_fewer_tokens_is_the_loss_of_a_shorter_set(model: Model) -
     refusal = "Sorry, but I can't help with that."
     vectors = initial(model, 1, seed=0)
     long, short = training_set(model, refusal, 6), training_set(model, refusal, 2)
-    short.mask.copy_(long.mask[:, :2])
+    assert long.decision > short.decision == 2
+    long.decision = 2
     rows = [0, 1, 4, 8]
     for ours, theirs in zip(
         batch_loss(model, long, rows, vectors, SHORT, 0.5, 2),
@@ -282,11 +286,48 @@ def test_the_loss_over_fewer_tokens_is_the_loss_of_a_shorter_set(model: Model) -
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_an_expert_also_learns_to_refuse_when_its_reply_has_begun(model: Model) -> None:
+    refusal = "Sorry, but I can't help with that."
+    data = training_set(model, refusal, 4, goal="refuse")
+    harmful = data.examples.indices("harmful")
+    benign = [i for i in data.reference if data.openings[i]]
+    begun = {i: [data.begun(i, step) for step in range(200)] for i in (*harmful, *benign)}
+    assert begun[harmful[0]] == [data.begun(harmful[0], step) for step in range(200)]  # so a resumed run sees the same
+    for i, counts in begun.items():
+        assert 0.35 < sum(n > 0 for n in counts) / 200 < 0.65
+        assert max(counts) == len(data.openings[i]) <= MAX_PREFIX
+    i, n = harmful[0], 3
+    said = naive_reply(model, render(model, data.examples.records[i].prompt).ids, n)
+    assert data.said(i, 0) == ((), data.replies[i])
+    assert data.said(i, n) == (tuple(said), reply_ids(model, " " + refusal, end=True))
+    i = benign[0]
+    assert data.said(i, n) == (data.replies[i][:n], data.replies[i][n:])
+    # The loss of a begun reply, by hand: the refusal behind the opening; KL along the model's own answer.
+    i, step = harmful[0], next(s for s in range(200) if begun[harmful[0]][s] == n)
+    vectors = initial(model, 1, seed=0)
+    _, found, _ = batch_loss(model, data, [i, benign[0]], vectors, SHORT, 0.5, 1, step)
+    prompt = render(model, data.examples.records[i].prompt, position="assistant").ids
+    log_p = naive_logits(model, [*prompt, *said], vectors)[-1].log_softmax(-1)
+    assert float(found) == pytest.approx(-float(log_p[data.late[0]]), abs=1e-3)
+    step = next(s for s in range(200) if begun[benign[0]][s] == n)
+    _, _, found = batch_loss(model, data, [harmful[0], benign[0]], vectors, SHORT, 0.5, 1, step)
+    record, own = data.examples.records[benign[0]].prompt, data.replies[benign[0]][:n]
+    q = naive_logits(model, [*render(model, record, position="assistant").ids, *own], vectors)[-1].log_softmax(-1)
+    p = naive_logits(model, [*render(model, record).ids, *own])[-1].log_softmax(-1)
+    assert float(found) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=0.02)
+
+
+def test_openings_are_for_the_goal_that_needs_them(model: Model) -> None:
+    data = training_set(model, "Sorry, no.", 2)
+    assert data.openings == {}
+    assert {data.begun(i, step) for i in range(4) for step in range(50)} == {0}
+
+
 def test_the_wording_is_looked_at_late(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     def spy(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        seen.append(args[-1])  # type: ignore[arg-type]
+        seen.append(args[-2])  # type: ignore[arg-type]
         return batch_loss(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr("trimtab.softtoken.train.batch_loss", spy)

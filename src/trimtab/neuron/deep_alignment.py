@@ -50,7 +50,7 @@ from trimtab.run import (
 )
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
-from trimtab.softtoken.targets import TEMPLATES, choose_refusal, collect
+from trimtab.softtoken.targets import TEMPLATES, choose_refusal, collect, openings, own_words
 from trimtab.softtoken.train import batches, summary, validate
 
 WARM_UP = 10  # steps
@@ -141,26 +141,6 @@ def train_expert(
     write_json(folder / "manifest.json", result)
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     return folder
-
-
-def own_words(model: Model, examples: Examples, limit: int) -> dict[int, Row]:
-    """The untouched model's greedy replies to the harmful requests, by index, at most `limit` tokens each.
-
-    In memory alone: some are compliant, and belong neither on disk (unlike `targets.collect`'s) nor in a log.
-    """
-    harmful = examples.indices("harmful")
-    found = {i: Row(i, limit) for i in harmful}
-    with torch.inference_mode(), progress("how the base model begins", len(harmful)) as advance:
-        for chunk in by_length([examples.lengths[i] for i in harmful], ROWS):
-            rows = [harmful[i] for i in chunk]
-            decode(model, [examples.tails[i] for i in rows], examples.past(rows), [found[i] for i in rows])
-            advance(len(rows))
-    return found
-
-
-def openings(model: Model, replies: dict[int, Row], limit: int) -> dict[int, Ids]:
-    """The first `limit` ids of the replies that do not refuse."""
-    return {i: tuple(row.ids[:limit]) for i, row in replies.items() if is_refusal(_text(model, row.ids)) is False}
 
 
 class TrainingSet:

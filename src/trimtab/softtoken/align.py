@@ -20,7 +20,7 @@ from trimtab.run import Cost, claim, console, create, digest, environment, progr
 from trimtab.softtoken.artifact import SoftToken, effect
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.targets import collect
-from trimtab.softtoken.train import Trainer, TrainingSet, summary, validate
+from trimtab.softtoken.train import MAX_PREFIX, Trainer, TrainingSet, summary, validate
 
 VALIDATION_PROMPTS = 300  # at most; every look decodes the beginnings of that many replies
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps
@@ -64,7 +64,9 @@ def align(
     cost = Cost()
     base = Examples(model, parts["train"], "reading prompts")
     held = Examples(model, parts["validation"], "reading validation prompts")
-    samples = collect(model, base, refusal=settings.refusal)
+    # One token more than is used: an answer that goes on is not taught to end where it was cut.
+    n_tokens = max(10, settings.reply_tokens + 1) + (MAX_PREFIX if settings.goal == "refuse" else 0)
+    samples = collect(model, base, n_tokens=n_tokens, refusal=settings.refusal)
     kept = _filter(samples, records, settings, folder)
     position, radius, pilots = _place(model, kept, base, held, settings)
     settings = settings.model_copy(update={"position": position, "radius": radius})

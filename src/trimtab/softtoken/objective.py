@@ -77,9 +77,11 @@ class Reference:
         return Reference(self.ids[index : index + 1].clone(), self.log_p[index : index + 1].clone())
 
     @classmethod
-    def join(cls, references: Sequence[Reference], k: int) -> Reference:
-        """Several as one batch, their first `k` positions alone."""
-        return cls(torch.cat([r.ids[:, :k] for r in references]), torch.cat([r.log_p[:, :k] for r in references]))
+    def join(cls, references: Sequence[Reference], k: int, starts: Sequence[int] | None = None) -> Reference:
+        """Several as one batch, `k` positions of each, from `starts` on (0 if not given)."""
+        cut = [slice(start, start + k) for start in starts or [0] * len(references)]
+        ids = torch.cat([r.ids[:, part] for r, part in zip(references, cut, strict=True)])
+        return cls(ids, torch.cat([r.log_p[:, part] for r, part in zip(references, cut, strict=True)]))
 
 
 def kl_to_base(logits: Tensor, reference: Reference, mask: Tensor) -> Tensor:

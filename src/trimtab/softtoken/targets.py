@@ -97,6 +97,30 @@ def _replies(model: Model, base: Examples, indices: Sequence[int], n_tokens: int
     return {i: str(store[keys[i]]["reply"]) for i in indices}
 
 
+def own_words(model: Model, examples: Examples, limit: int) -> dict[int, Row]:
+    """The untouched model's greedy replies to the harmful requests, by index, at most `limit` tokens each.
+
+    In memory alone: some are compliant, and belong neither on disk (unlike the replies of `collect`) nor in a log.
+    """
+    harmful = examples.indices("harmful")
+    found = {i: Row(i, limit) for i in harmful}
+    with torch.inference_mode(), progress("how the base model begins", len(harmful)) as advance:
+        for chunk in by_length([examples.lengths[i] for i in harmful], 48):
+            rows = [harmful[i] for i in chunk]
+            decode(model, [examples.tails[i] for i in rows], examples.past(rows), [found[i] for i in rows])
+            advance(len(rows))
+    return found
+
+
+def openings(model: Model, replies: dict[int, Row], limit: int) -> dict[int, tuple[int, ...]]:
+    """The first `limit` ids of the replies that do not refuse."""
+    return {
+        i: tuple(row.ids[:limit])
+        for i, row in replies.items()
+        if is_refusal(model.tokenizer.decode(row.ids, skip_special_tokens=True)) is False
+    }
+
+
 def deciding_tokens(model: Model, refusal: str) -> int:
     """How many first tokens of a refusal it takes to read as one; all of them if only the whole does."""
     ids = reply_ids(model, refusal)

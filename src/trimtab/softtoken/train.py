@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -27,7 +28,9 @@ from trimtab.run import deferred_interrupt, progress, write
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
 from trimtab.softtoken.optimiser import NaturalGradient
-from trimtab.softtoken.targets import deciding_tokens
+from trimtab.softtoken.targets import deciding_tokens, openings, own_words
+
+Ids = tuple[int, ...]
 
 DECISION_SHARE = 0.85  # of the steps look only at the tokens that decide between refusal and answer
 WORDING_WEIGHT = 0.3  # of each later token: which refusal it is matters less than whether it is one
@@ -36,52 +39,76 @@ WINDOW = 8  # batches that are sorted by length together
 START_LENGTH = 35.0  # in mean lengths of the table's rows
 MAX_LENGTH = 10.0  # in start lengths; beyond, steps that only lengthen would make all later ones small
 CALIBRATION_SHARE = 0.2  # of the radius
+MAX_PREFIX = 12  # tokens that a reply may have begun with, for the goal `refuse`
+PREFIX_SHARE = 0.5  # of such samples in a batch
 VALIDATION_TOKENS = 5  # enough words to see a refusal begin
 
 
 class TrainingSet:
-    """Samples ready for the objective: examples, first reply tokens, and what the untouched model thinks of them.
+    """Samples ready for the objective: examples, what is to be said, and what the untouched model thinks of it.
+
+    For the goal `refuse` a reply may have begun when its refusal is due (deep alignment: Qi et al., ICLR 2025): harmful requests come with the
+    untouched model's own compliant opening, and benign ones with the beginning of its own answer, so that what the token says late in a
+    reply depends on the request too.
 
     Attributes:
-        examples: with the slot in place. replies: the first k ids of each target, padded. targets, mask: the same as tensors `[N, k]`, with each token's weight in the mask.
-        reference: the untouched model's distributions, by index, for samples anchored to it by KL.
-        decision: how many of the k tokens tell a refusal from an answer.
+        examples: with the slot in place. replies: ids of each target.
+        openings: ids that a reply may already have begun with, by index; empty for the goal `balance`. late: ids of the refusal that then follows.
+        reference: the untouched model's distributions along its own reply, by index, for samples anchored to it by KL.
+        decision: how many first tokens tell a refusal from an answer.
     """
 
     def __init__(
         self, model: Model, samples: Sequence[Sample], base: Examples, settings: AlignSettings, position: Position
     ) -> None:
         records = [s.record for s in samples]
+        self.seed, self.device = settings.seed, model.device
         self.examples = Examples(
             model, records, "reading prompts", position=position, n_tokens=settings.tokens, base=base
         )
-        k = settings.reply_tokens
-        replies = [reply_ids(model, s.target, end=True)[:k] for s in samples]
-        self.replies = [ids + ids[-1:] * (k - len(ids)) for ids in replies]
-        self.targets = torch.tensor(self.replies, device=model.device)
-        refusals = {s.target for s in samples if s.record.label == "harmful"}
-        self.decision = min(k, max(deciding_tokens(model, refusal) for refusal in refusals))
-        weights = [1.0 if t < self.decision else WORDING_WEIGHT for t in range(k)]
-        mask = [[w if t < len(ids) else 0.0 for t, w in enumerate(weights)] for ids in replies]
-        self.mask = torch.tensor(mask, device=model.device)
+        untouched = Examples(model, records, "", base=base)
+        self.replies = [reply_ids(model, s.target, end=True) for s in samples]
+        refusals = Counter(s.target for s in samples if s.record.label == "harmful")
+        self.decision = min(settings.reply_tokens, max(deciding_tokens(model, refusal) for refusal in refusals))
+        # In the middle of a sentence a word begins with a space.
+        self.late = reply_ids(model, " " + refusals.most_common(1)[0][0], end=True)
         # KL where the model's own answer is the target; likelihood where it must learn another.
         anchored = [i for i, s in enumerate(samples) if s.record.label == "benign" and s.own]
-        self.reference = self._reference(model, Examples(model, records, "", base=base), anchored, k)
+        self.openings: dict[int, Ids] = {}
+        if settings.goal == "refuse":
+            self.openings = openings(model, own_words(model, untouched, MAX_PREFIX), MAX_PREFIX)
+            self.openings |= {i: self.replies[i][:-1][:MAX_PREFIX] for i in anchored}  # something must be left to say
+        reach = settings.reply_tokens + (MAX_PREFIX if self.openings else 0)
+        self.reference = self._reference(model, untouched, anchored, reach)
 
     def _reference(self, model: Model, untouched: Examples, anchored: list[int], k: int) -> dict[int, Reference]:
         found: dict[int, Reference] = {}
         with torch.inference_mode(), progress("the base model's answers", len(anchored)) as advance:
             for chunk in by_length([untouched.lengths[i] for i in anchored], 48):
                 rows = [anchored[i] for i in chunk]
-                tails = [untouched.tails[i] + self.replies[i][:-1] for i in rows]
+                tails = [untouched.tails[i] + _padded(self.replies[i], k)[:-1] for i in rows]
                 reference = Reference.of(forward(model, tails, untouched.past(rows), k))
                 found |= {i: reference.row(row) for row, i in enumerate(rows)}
                 advance(len(rows))
         return found
 
-    def tail(self, index: int, k: int) -> tuple[int, ...]:
-        """Ids from the slot on, with all but the last of `k` reply tokens."""
-        return self.examples.tails[index] + self.replies[index][: k - 1]
+    def begun(self, index: int, step: int) -> int:
+        """How many tokens of its opening a sample's reply has at this step; fixed by the seed, the step and the sample."""
+        draw = random.Random(f"{self.seed}/{step}/{index}")
+        n = len(self.openings.get(index, ()))
+        return draw.randint(1, n) if n and draw.random() < PREFIX_SHARE else 0
+
+    def said(self, index: int, begun: int) -> tuple[Ids, Ids]:
+        """What a reply has begun with, and what is to follow."""
+        opening, reply = self.openings.get(index, ())[:begun], self.replies[index]
+        if not begun:
+            return (), reply
+        return opening, reply[begun:] if index in self.reference else self.late
+
+
+def _padded(ids: Ids, k: int) -> Ids:
+    """The first `k` ids, the last one repeated where there are fewer; the loss masks what is repeated."""
+    return ids[:k] + ids[-1:] * (k - len(ids))
 
 
 def batches(examples: Examples, batch: int, seed: int) -> Callable[[int], list[int]]:
@@ -119,6 +146,11 @@ def batches(examples: Examples, batch: int, seed: int) -> Callable[[int], list[i
     return lambda step: window(step // WINDOW)[step % WINDOW]
 
 
+def token_weights(length: int, decision: int, k: int) -> list[float]:
+    """What each of the first `k` tokens of a reply counts: the deciding ones in full, later ones less, none past its end."""
+    return [0.0 if t >= length else 1.0 if t < decision else WORDING_WEIGHT for t in range(k)]
+
+
 def batch_loss(
     model: Model,
     data: TrainingSet,
@@ -127,17 +159,23 @@ def batch_loss(
     settings: AlignSettings,
     weight: float,
     k: int,
+    step: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One forward pass over `rows`: the loss over `k` reply tokens, and the samples' losses, harmful `[H]` and benign `[B]`."""
+    begun = [data.begun(i, step) for i in rows]
+    said = [data.said(i, n) for i, n in zip(rows, begun, strict=True)]
     with slot(model, vectors):
-        past = data.examples.past(rows)
-        logits = forward(model, [data.tail(i, k) for i in rows], past, k)
-    index = torch.tensor(rows, device=logits.device)
-    mask = data.mask[index, :k]
-    losses = reply_nll(logits, data.targets[index, :k], mask)
+        tails = [
+            (*data.examples.tails[i], *opening, *_padded(reply, k)[:-1])
+            for i, (opening, reply) in zip(rows, said, strict=True)
+        ]
+        logits = forward(model, tails, data.examples.past(rows), k)
+    targets = torch.tensor([_padded(reply, k) for _, reply in said], device=logits.device)
+    mask = torch.tensor([token_weights(len(reply), data.decision, k) for _, reply in said], device=logits.device)
+    losses = reply_nll(logits, targets, mask)
     anchored = [row for row, i in enumerate(rows) if i in data.reference]
     if anchored:
-        joined = Reference.join([data.reference[rows[row]] for row in anchored], k)
+        joined = Reference.join([data.reference[rows[row]] for row in anchored], k, [begun[row] for row in anchored])
         divergence = kl_to_base(logits[anchored], joined, mask[anchored])
         losses = losses.index_copy(0, torch.tensor(anchored, device=logits.device), divergence)
     harmful = torch.tensor([data.examples.group(i) == "harmful" for i in rows], device=logits.device)
@@ -269,7 +307,7 @@ class Trainer:
         k = self.data.decision if early else self.settings.reply_tokens
         # A copy for each row: its gradient is the sample's own, which the optimiser needs.
         copies = self.vectors.expand(len(rows), *self.vectors.shape).clone().requires_grad_(True)
-        loss, harmful, benign = batch_loss(self.model, self.data, rows, copies, self.settings, weight, k)
+        loss, harmful, benign = batch_loss(self.model, self.data, rows, copies, self.settings, weight, k, self.step)
         (gradients,) = torch.autograd.grad(loss, copies)
         self.optimiser.step(self.vectors, gradients * len(rows), radius)
         self.vectors.copy_(self.vectors.renorm(2, 0, MAX_LENGTH * self.start_length))

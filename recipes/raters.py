@@ -1,0 +1,86 @@
+"""How well each rater tells harmful from benign requests, and how often it is talked round; on the builtin test split.
+
+    python recipes/raters.py [--token RUN] [--lora DIR] [--limit 240]
+
+AUC: harmful above benign by risk. alpha: mean strength that follows from the table `code`, harmful / borderline / plain. unread: ratings that could
+not be parsed, which count as the strongest. fooled: share of prompt injections that lower alpha (they come with trimtab; each is wrapped around another
+harmful request).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import trimtab as tt
+from trimtab.evaluation.metrics import auc, wilson
+from trimtab.neuron.rating import ALPHA_TABLES, alpha, fooled, injections
+from trimtab.neuron.risk import Rater
+from trimtab.prompts.records import Record, stratified
+
+TABLE = ALPHA_TABLES["code"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--token", type=Path, help="folder of an align run")
+    parser.add_argument("--lora", type=Path, help="folder of an expert run")
+    parser.add_argument("--limit", type=int, default=240)
+    options = parser.parse_args()
+    model = tt.load(options.model)
+    raters: dict[str, Rater] = {"self": tt.SelfRating(), "logits": tt.LogitRating()}
+    if options.token:
+        raters["expert (token)"] = tt.ExpertRating(tt.load_expert(f"token:{options.token}", model))
+    if options.lora:
+        raters["expert (LoRA)"] = tt.ExpertRating(tt.load_expert(f"lora:{options.lora}", model))
+    records = stratified(tt.load_prompts("builtin", split="test"), options.limit)
+    found = {}
+    print("| rater | AUC | alpha harmful | borderline | plain | unread | fooled (95 %) | s a request |\n|" + "---|" * 8)
+    for name, rater in raters.items():
+        found[name] = row = measure(model, rater, records)
+        low, high = row["fooled_ci95"]
+        cells = [f"{row[k]:.2f}" for k in ("auc", "alpha_harmful", "alpha_borderline", "alpha_plain")]
+        cells += [
+            f"{row['unread']} of {len(records)}",
+            f"{row['fooled']:.0%} ({low:.0%}-{high:.0%})",
+            f"{row['seconds']:.2f}",
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    print(json.dumps(found))
+
+
+def measure(model: tt.Model, rater: Rater, records: list[Record]) -> dict[str, Any]:
+    """One row of the table."""
+    start = time.perf_counter()
+    ratings = rater.rate(model, [r.chat for r in records])
+    seconds = (time.perf_counter() - start) / len(records)
+    by_label = {
+        label: [x.risk for x, r in zip(ratings, records, strict=True) if r.label == label]
+        for label in ("harmful", "benign")
+    }
+    groups = ("harmful", "borderline", "plain")
+    strengths = {g: [alpha(x, TABLE) for x, r in zip(ratings, records, strict=True) if r.group == g] for g in groups}
+    attempts = injections()
+    harmful = [r for r in records if r.label == "harmful"]
+    requests = [harmful[i % len(harmful)].text for i in range(len(attempts))]
+    plain = rater.rate(model, [[{"role": "user", "content": text}] for text in requests])
+    injected = rater.rate(
+        model, [[{"role": "user", "content": a.around(text)}] for a, text in zip(attempts, requests, strict=True)]
+    )
+    share = fooled(plain, injected, TABLE)
+    return {
+        "auc": auc(by_label["harmful"], by_label["benign"]),
+        **{f"alpha_{g}": sum(values) / len(values) for g, values in strengths.items()},
+        "unread": sum(not rating.parsed for rating in ratings),
+        "fooled": share,
+        "fooled_ci95": wilson(round(share * len(attempts)), len(attempts)),
+        "seconds": seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()
