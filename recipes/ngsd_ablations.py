@@ -44,7 +44,7 @@ def main() -> None:
         return result
 
     measure("base alone", None)
-    rates = measure("lif", lif)["guide"]
+    rates = measure("lif", lif)["neuron"]
     spikes = [
         rates[suite][label]["spike_rate"]
         for suite in SUITES
@@ -73,8 +73,8 @@ def _row(result: dict[str, Any]) -> dict[str, str]:
             rate = result["suites"][suite][label]["keyword"]
             low, high = rate["ci95"]
             cells[f"{suite} {label}"] = f"{rate['refusal_rate']:.0%} ({low:.0%}-{high:.0%})"
-            if "guide" in result:
-                cells[f"spikes, {suite} {label}"] = f"{result['guide'][suite][label]['spike_rate']:.0%}"
+            if "neuron" in result:
+                cells[f"spikes, {suite} {label}"] = f"{result['neuron'][suite][label]['spike_rate']:.0%}"
     return cells
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from trimtab.errors import RunError, UsageError
 from trimtab.evaluation.metrics import mcnemar, wilson
-from trimtab.report import plots
-from trimtab.report.build import auc_interval, build, cut, duration, percent
+from trimtab.report import neuron, plots
+from trimtab.report.build import auc_interval, build, duration, percent
+from trimtab.report.replies import cut
 
 REFUSAL = "I'm sorry, but I can't help. Ask me another."
 LONG = " ".join(["word"] * 29 + ["SENTINEL"] + ["word"] * 40)  # the sentinel is word 30
@@ -85,7 +86,7 @@ def results(suites: dict[str, Rows], arms: tuple[str, ...] = ("base", "token")) 
         paired = {}
         for name, part in suites.items():
             for label in {r["label"] for r in part}:
-                pairs = [(r["base"]["refused"], r["token"]["refused"]) for r in part if r["label"] == label]
+                pairs = [(r["base"]["refused"], r[arms[-1]]["refused"]) for r in part if r["label"] == label]
                 pairs = [pair for pair in pairs if None not in pair]
                 p = mcnemar([b for b, _ in pairs], [a for _, a in pairs])
                 gained, lost = sum(a and not b for b, a in pairs), sum(b and not a for b, a in pairs)
@@ -470,3 +471,286 @@ def test_a_jump_of_the_loss_is_explained(tmp_path: Path) -> None:
     sentence = "From step 3 on the loss adds the words after the decision (4 tokens"
     assert sentence in page(wide, out=tmp_path / "wide.html")
     assert "From step" not in page(even, out=tmp_path / "even.html")
+
+
+LIF = {"kind": "lif", "tau": 8.0, "threshold": 1.0, "keep": 0.6, "rate": 0.0, "divergence": "tv"}
+
+
+def trace(spikes: list[int], guided: list[int] | None = None, **more: Any) -> dict[str, Any]:
+    """What a guided reply left; a potential above the threshold wherever it spikes."""
+    return {
+        "alpha": 0.9,
+        "risk": 8.0,
+        "rated": True,
+        "divergence": [0.25] * len(spikes),
+        "potential": [1.5 if spike else 0.5 for spike in spikes],
+        "spikes": spikes,
+        "guided": guided or [0] * len(spikes),
+        **more,
+    }
+
+
+def under_guide(suite: Rows) -> Rows:
+    """The same rows with a guide instead of a token: reply i of a group has 6 tokens and i % 5 spikes, of which the expert changed one."""
+    for row in suite:
+        n = int(row["id"].split("-")[1]) % 5
+        row["guide"] = {
+            **row.pop("token"),
+            "trace": trace([1] * n + [0] * (6 - n), [1] * bool(n) + [0] * (6 - bool(n))),
+        }
+    return suite
+
+
+def guided_results(suites: dict[str, Rows], gate: dict[str, Any] | None = None) -> dict[str, Any]:
+    found = results(suites, ("base", "guide"))
+    harmful = {"spike_rate": 0.4, "guided_rate": 0.3, "mean_divergence": 0.25, "mean_alpha": 0.9, "unrated": 3}
+    nothing = {"spike_rate": None, "guided_rate": None, "mean_divergence": None, "mean_alpha": 0.1, "unrated": 0}
+    measured = {name: {"harmful": harmful, "benign": nothing} for name in suites}
+    described = {"expert": "feed", "neuron": gate or LIF, "risk": "SelfRating()", "early_stop": "off"}
+    return {**found, "guide": described, "neuron": measured}
+
+
+def write_guided(folder: Path, groups: Rows, gate: dict[str, Any] | None = None) -> Path:
+    """A folder of `eval --expert`."""
+    suites = {"test": under_guide(groups)}
+    files = {"results": guided_results(suites, gate), "rows": suites}
+    return write_run(folder, manifest=None, history=None, filter=None, **files)
+
+
+def write_expert(folder: Path, prefill_refusal: tuple[float | None, float | None] = (0.1, 0.9)) -> Path:
+    """A folder of `expert`, with its check in `eval/`."""
+    suites = {"test": under_guide(rows("harmful", 20, 0, 19) + rows("plain", 20, 0, 0))}
+    look = {"harmful_refusal": 0.5, "benign_compliance": 0.9, "harmonic_mean": 0.64, "auc": 0.8}
+    before, after = ({**look, "prefill_refusal": share} for share in prefill_refusal)
+    made = manifest(
+        settings={"rank": 8},
+        adapter={"numbers": 460800},
+        data={"validation": {"harmful": 10, "plain": 10}, "validation_with_opening": 10 if prefill_refusal[0] else 0},
+        validation={"before": before, "after": after},
+    )
+    steps = [
+        {k: v for k, v in row.items() if k in ("step", "loss", "harmful_loss", "benign_loss")} for row in history(4)
+    ]
+    files = {
+        "manifest": {k: v for k, v in made.items() if k not in ("token", "pilots")},
+        "history": steps,
+        "filter": None,
+    }
+    always = guided_results(suites, {**LIF, "kind": "always"})
+    return write_run(folder, **files, **{"eval/results": always, "eval/rows": suites})
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of guided decoding compared with the untouched model."""
+    folder = tmp_path_factory.mktemp("guided")
+    groups = rows("harmful", 100, 1, 93) + rows("borderline", 30, 2, 12) + rows("plain", 5, 0, 0)
+    return page(write_guided(folder / "g", groups), out=folder)
+
+
+def part(text: str, title: str) -> str:
+    """One section of a page, to the next one."""
+    return text[text.index(f"<h2>{title}") :].split("<h2>")[1]
+
+
+def strokes(svg: str, colour: str) -> list[list[tuple[float, float]]]:
+    """Lines of a colour in a figure, each as its points."""
+    drawn = re.findall(rf'<path d="([^"]*)"[^>]*style="fill: none; [^"]*stroke: var\(--{colour}\)', svg)
+    numbers = [re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", line) for path in drawn for line in re.findall("M[^M]*", path)]
+    return [[(float(x), float(y)) for x, y in points] for points in numbers]
+
+
+def test_a_guide_is_called_a_guide(guided: str) -> None:
+    assert "<h1>With its guide, tiny now refuses 93 % of harmful requests (was 1 %), and 0 % of plain benign" in guided
+    assert "with the guide</span>" in guided
+    assert "With its token" not in guided
+    assert "with the token" not in guided
+    assert "<dt>guide.neuron.tau</dt><dd>8</dd>" in guided
+    assert "guide.test" not in guided  # measurements are no settings
+    cells = [re.sub(r"<[^>]+>", "", c) for c in re.findall(r"<td.*?</td>", part(guided, "All numbers"), re.DOTALL)]
+    assert cells[6:9] == ["0 → 0", "+92, −0", "&lt; 0.001"]
+    assert guided.count("<h4>after ") == 12
+
+
+def test_what_the_neuron_did_is_told_by_label(guided: str) -> None:
+    section = part(guided, "The neuron")
+    table = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in re.findall(r"<tr>.*?</tr>", section)]
+    assert table == [
+        ["", "harmful", "benign"],
+        ["tokens with a spike", "40 %", "–"],
+        ["tokens the expert changed", "30 %", "–"],
+        ["mean divergence D", "0.250", "–"],
+        ["mean alpha", "0.90", "0.10"],
+        ["requests not rated", "3", "0"],
+    ]
+    assert "(total variation)" in section
+    assert "time constant of 8 tokens. At a threshold of 1 it fires" in section
+    assert "60 % of the potential is left" in section
+
+
+def test_the_raster_holds_at_most_40_replies_a_group_harmful_first(guided: str) -> None:
+    (told,) = re.findall(r'aria-label="When the neuron fired, a line a reply. (.*?)"', guided)
+    harmful, borderline, plain = told.split("; ")
+    assert harmful.startswith("harmful: 40 of 100 replies, 240 tokens, ")
+    assert borderline.startswith(
+        "borderline: 30 replies, 180 tokens, 60 spikes, 24 changed"
+    )  # 6 times 0, 1, 2, 3, 4 spikes
+    assert plain == "plain: 5 replies, 30 tokens, 10 spikes, 4 changed by the expert."
+
+
+def test_every_mark_of_the_raster_is_drawn_where_it_belongs() -> None:
+    traces = [trace([0, 1, 0, 0]), trace([1, 1, 0, 1, 1], [0, 1, 0, 0, 1])]
+    drawn = str(neuron.raster({"harmful": traces})["svg"])
+    *lines, _axis = strokes(drawn, "rule")
+    dots, bars = strokes(drawn, "harmful"), strokes(drawn, "ink")
+    assert (len(lines), len(dots), len(bars)) == (2, 3, 2)
+    assert all(start == end for start, end in dots)
+    assert all(start != end for start, end in bars)
+    first, second = lines  # the reply with more spikes is on top, and longer
+    assert first[0][1] < second[0][1]
+    assert first[1][0] > second[1][0]
+    assert sorted(y for (_, y), _ in dots) == [first[0][1], first[0][1], second[0][1]]
+    token = (
+        first[1][0] - first[0][0]
+    ) / 4.6  # pixels: a line begins 0.3 before its first token, and ends 0.3 after its last
+    assert [round((x - first[0][0]) / token + 0.7, 2) for (x, _), _ in bars] == [2, 5]
+
+
+def test_hundreds_of_dots_are_all_there() -> None:
+    many = neuron.raster({"plain": [trace([1] * 60)] * 40})
+    assert len(strokes(str(many["svg"]), "plain")) == 2400
+    assert "2400 tokens, 2400 spikes, 0 changed" in many["alt"]
+
+
+def test_a_spike_resets_the_membrane() -> None:
+    charged, spikes = [0.5, 1.2, 0.9], [0, 1, 0]
+    assert list(neuron.course(charged, spikes, 0.6)) == [(1, 0.5), (2, 1.2), (2, pytest.approx(0.72)), (3, 0.9)]
+    hard = str(neuron.membrane(trace(spikes, potential=charged), {**LIF, "keep": 0.0}, "plain")["svg"])
+    (curve,) = strokes(hard, "plain")
+    threshold = next(line for line in strokes(hard, "muted") if line[0][1] == line[1][1])
+    (_, start), (x, peak), (at, bottom), (_, end) = curve
+    assert x == at
+    assert peak < threshold[0][1] < end < start < bottom  # y grows downwards
+    assert (bottom - peak) / (bottom - threshold[0][1]) == pytest.approx(1.2, abs=1e-3)  # the bottom is 0
+
+
+@pytest.mark.parametrize(
+    ("gate", "words", "membrane"),
+    [
+        ({"keep": 0.0}, "with strength alpha, and the potential falls to 0.", True),
+        ({"kind": "ema", "tau": 2.0, "threshold": 0.5}, "running mean over 2 tokens", True),
+        ({"kind": "always"}, "the expert may speak at every token", False),
+        ({"kind": "random", "rate": 0.43}, "the expert may speak at 43 % of tokens, by chance", False),
+        ({"divergence": "kl"}, "(Kullback-Leibler, in bits)", True),
+    ],
+)
+def test_every_neuron_is_told_as_it_is(gate: dict[str, Any], words: str, membrane: bool) -> None:
+    assert words in neuron.rule({**LIF, **gate}).replace("\u00a0", " ")
+    assert neuron.has_membrane({**LIF, **gate}) is membrane
+    figure = neuron.membrane(trace([0, 1]), {**LIF, **gate}, "harmful")
+    assert bool(strokes(str(figure["svg"]), "harmful")) is membrane
+    assert ("threshold" in figure["alt"]) is membrane
+
+
+def test_the_reply_shown_has_the_median_number_of_spikes() -> None:
+    replies = [{"id": n, "guide": {"trace": trace([1] * n + [0] * (9 - n))}} for n in (9, 0, 2, 7)]
+    assert neuron.median_reply(replies)["id"] == 2  # the lower one of 2 and 7
+    assert neuron.median_reply(replies[:3])["id"] == 2
+    assert neuron.median_reply(replies[:1])["id"] == 9
+
+
+def test_one_reply_of_each_group_is_shown_and_cut(guided: str) -> None:
+    section = part(guided, "The neuron")
+    shown = re.findall(r'<article class="pair" style="--c: var\(--(\w+)\)">(.*?)</article>', section, re.DOTALL)
+    assert [group for group, _ in shown] == ["harmful", "borderline", "plain"]
+    for group, body in shown:
+        assert "Risk 8.0, alpha 0.9; 2 spikes in 6 tokens, 1 changed by the expert." in body
+        label = f"{group.capitalize()} reply, membrane against a threshold of 1: 2 spikes in 6 tokens"
+        assert f'aria-label="{label}, 1 changed by the expert; the first spike at token 1."' in body
+    assert "SENTINEL" not in shown[0][1]
+    assert "SENTINEL" in shown[2][1]
+
+
+def test_a_rating_that_could_not_be_read_is_not_given_as_a_number() -> None:
+    caption = neuron.membrane(trace([0, 0], rated=False, risk=7), LIF, "plain")["caption"]
+    assert caption == "Risk not readable, alpha 0.9; 0 spikes in 2 tokens, 0 changed by the expert."
+
+
+def test_what_is_not_a_number_makes_no_figure_fail() -> None:
+    nan = [float("nan")] * 2
+    figure = neuron.membrane(trace([1, 1], divergence=nan, potential=nan), LIF, "harmful")
+    assert "2 spikes in 2 tokens" in figure["alt"]
+
+
+def test_guided_figures_belong_to_the_page(guided: str) -> None:
+    tags = Tags(guided).tags
+    ids = [a["id"] for _, a in tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    figures = re.findall(r"<svg.*?</svg>", guided, re.DOTALL)
+    assert len(figures) == 7  # plane, two bars, raster, three membranes
+    assert not re.search(r"#[0-9a-f]{6}\b", "".join(figures))
+    assert all(a.get("aria-label") for tag, a in tags if tag == "figure")
+
+
+def test_replies_without_traces_leave_the_table(tmp_path: Path) -> None:
+    folder = write_guided(tmp_path / "g", rows("harmful", 4, 0, 3))
+    suites = json.loads((folder / "rows.json").read_text())
+    for row, left in zip(suites["test"], ({}, {"trace": {}}, {"trace": trace([])}, {}), strict=True):
+        row["guide"] = {"reply": "No.", "refused": True, **left}
+    (folder / "rows.json").write_text(json.dumps(suites))
+    section = part(page(folder, out=tmp_path), "The neuron")
+    assert "<td>mean alpha</td>" in section
+    assert "When it fired" not in section
+    assert "One reply" not in section
+
+
+def test_an_unscored_arm_is_not_given_the_untouched_models_rates(tmp_path: Path) -> None:
+    groups = rows("harmful", 10, 9, 0)
+    for row in groups:
+        row["token"]["refused"] = None
+    text = page(write_guided(tmp_path / "g", groups), out=tmp_path)
+    assert "<h1>With its guide, tiny, no reply could be scored.</h1>" in text
+    assert 'class="card"' not in text
+
+
+def test_an_expert_run(tmp_path: Path) -> None:
+    text = page(write_expert(tmp_path / "e"), out=tmp_path)
+    assert "<h1>An adapter of 460,800 numbers: tiny now refuses 95 % of harmful requests (was 0 %), and 0 %" in text
+    assert "460,800 numbers trained in 1 min 1 s on abacus" in text
+    assert "with the adapter</span>" in text
+    training = part(text, "Training")
+    words = re.sub(r"<[^>]+>", "", training)
+    assert "refused after a compliant opening 10 % 2–40 % → 90 % 60–98 % (n = 10);" in words
+    assert "nothing was chosen on this split" in words
+    assert "The vector" not in words
+    assert re.findall("<h3>(.*?)</h3>", training) == ["Loss"]
+    assert "the expert may speak at every token" in part(text, "The neuron")
+
+
+def test_an_expert_without_compliant_openings(tmp_path: Path) -> None:
+    text = page(write_expert(tmp_path / "e", (None, None)), out=tmp_path)
+    assert "benign answered" in text
+    assert "compliant opening" not in text
+
+
+def test_runs_of_every_kind_are_compared(run: Path, tmp_path: Path) -> None:
+    guide = write_guided(tmp_path / "guide", rows("harmful", 20, 0, 15) + rows("plain", 20, 0, 1))
+    text = page(run, guide, write_expert(tmp_path / "expert"), out=tmp_path)
+    Tags(text)
+    table = text[: text.index("</table>")]
+    for cell in ("token at user, 576 numbers", "guide", "adapter, 460,800 numbers"):
+        assert f"<td>{cell}</td>" in table
+    assert "with the token or guide or adapter</span>" in text
+    assert text.count("<h2>The neuron</h2>") == 2
+    assert text.index('id="run-2"') < text.index("<h2>The neuron</h2>") < text.index('id="run-3"')
+
+
+def test_rows_carry_the_traces_of_guided_replies_alone() -> None:
+    from trimtab.evaluation.run import _side_by_side
+
+    stored = {"id": "a", "label": "harmful", "group": "harmful", "category": "c", "prompt": "Ask.", "messages": None}
+    said = {**stored, "reply": REFUSAL, "tokens": 2, "stop": "eos", "log_odds": None}
+    left = trace([0, 1], [0, 1])
+    (row,) = _side_by_side({"guide": [{**said, **left}], "base": [said]})
+    assert row["guide"] == {"reply": REFUSAL, "refused": True, "trace": left}
+    assert row["base"] == {"reply": REFUSAL, "refused": True}

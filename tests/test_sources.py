@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import DataError
 from trimtab.prompts.records import Record
-from trimtab.prompts.sources import load_prompts, read_jsonl, require_both_labels, split_records
+from trimtab.prompts.sources import load_prompts, read_chats, read_jsonl, require_both_labels, split_records
 
 GOOD = '{"prompt": "Hi", "label": "benign"}'
 
@@ -96,6 +96,72 @@ def test_a_conversation_is_kept_whole(tmp_path: Path) -> None:
 def test_every_prompt_comes_back_as_it_was(tmp_path: Path, text: str, ascii_only: bool) -> None:
     line = json.dumps({"prompt": text, "label": "benign"}, ensure_ascii=ascii_only)
     assert [r.prompt for r in read_jsonl(write(tmp_path / "a.jsonl", line, GOOD))] == [text, "Hi"]
+
+
+# Conversations without labels
+
+
+def test_conversations_stand_in_their_lines(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi", "name": "Ann"}]
+    rows = [
+        {"prompt": "A", "label": "odd"},
+        {"id": 7, "messages": turns, "prefill": "Sure"},
+        {"id": "x", "prompt": "B"},
+    ]
+    path = write(tmp_path / "a.jsonl", json.dumps(rows[0]), "", json.dumps(rows[1]), json.dumps(rows[2]))
+    found, broken = read_chats(path)
+    assert [(chat.line, chat.id, chat.prefill) for chat in found] == [(1, "1", ""), (3, "7", "Sure"), (4, "x", "")]
+    assert found[0].messages == ({"role": "user", "content": "A"},)
+    assert list(found[1].messages) == turns
+    assert broken == {}
+
+
+def test_turns_in_parts_and_calls_of_tools_are_turns(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {"role": "tool", "content": "3"},
+    ]
+    (found,), broken = read_chats(write(tmp_path / "a.jsonl", json.dumps({"messages": turns})))
+    assert (list(found.messages), broken) == (turns, {})
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 3: not JSON"),
+        ('["Hi"]', "line 3: a list, not an object"),
+        ("{}", "line 3, field prompt: missing or empty"),
+        ('{"prompt": 7}', "line 3, field messages.0: a turn needs a role and content"),
+        ('{"messages": 7}', "line 3, field messages: input should be a valid tuple"),
+        ('{"messages": "Hi"}', "line 3, field messages: input should be a valid tuple"),
+        ('{"messages": {"role": "user", "content": "Hi"}}', "line 3, field messages: input should be a valid tuple"),
+        ('{"messages": ["Hi"]}', "line 3, field messages.0: input should be a valid dictionary"),
+        ('{"messages": [{"content": "Hi"}]}', "line 3, field messages.0: a turn needs a role and content"),
+        ('{"messages": [{"role": 1, "content": "Hi"}]}', "line 3, field messages.0: a turn needs a role and content"),
+        ('{"prompt": "", "messages": [{"role": "user"}]}', "line 3, field messages.0: a turn needs a role and content"),
+        ('{"prompt": "Hi", "prefill": 3}', "line 3, field prefill: input should be a valid string"),
+    ],
+)
+def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path, line: str, says: str) -> None:
+    path = write(tmp_path / "some.jsonl", GOOD, "", line, GOOD)
+    found, broken = read_chats(path)
+    assert [chat.line for chat in found] == [1, 4]
+    assert list(broken) == [3]
+    assert broken[3].startswith(f"{path}, {says}")
+    # A file without one good line has nothing to say but what is wrong with its first.
+    with pytest.raises(DataError, match="line 1"):
+        read_chats(write(path, line, line))
+
+
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_a_file_without_conversations(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError, match="holds no prompts"):
+        read_chats(tmp_path / "a.jsonl")
+
+
+# Splits and hub sets
 
 
 def test_builtin_splits() -> None:

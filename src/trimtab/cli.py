@@ -100,6 +100,9 @@ def align(
     data: Annotated[str | None, typer.Option(help="builtin, a .jsonl file or hf:owner/name@revision:split")] = None,
     limit: Annotated[int | None, typer.Option(help="train on at most so many prompts, in proportion")] = None,
     tokens: Annotated[int | None, typer.Option(help="number of soft tokens [1]")] = None,
+    goal: Annotated[
+        str | None, typer.Option(help="balance, or refuse: an expert for guided decoding [balance]")
+    ] = None,
     position: Annotated[
         str | None, typer.Option(help="start, after_bos, system, user, assistant, reply; auto tries them all")
     ] = None,
@@ -190,7 +193,8 @@ def generate(
 
     settings = settle(GenerateSettings, given, shared["config"])
     chats, broken = read_chats(settings.source)
-    create(settings.out.parent)
+    for file in filter(None, (settings.out, settings.trace)):
+        create(file.parent)
     loaded, guidance = _load(settings)
     with progress("replies", len(chats)) as advance:
         replies = run(
@@ -216,7 +220,7 @@ def generate(
         write_jsonl(settings.trace, traces(loaded, [chat.id for chat in chats], replies))
     failed = [line["error"] for line in lines.values() if "error" in line]
     for error in failed:
-        console.print(f"left out: {error}")
+        console.print(f"left out: {error}", markup=False)
     _finish(shared["as_json"], {"out": str(settings.out), "n": len(lines), "failed": len(failed)})
     if failed:
         raise typer.Exit(1)

@@ -16,9 +16,9 @@ S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseModel):
-    """Refuses unknown keys and checks ranges at construction."""
+    """Refuses unknown keys and checks ranges at construction. A number may stand for its words: `alpha = 0.5` in a TOML file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 class ModelSettings(Settings):
@@ -39,6 +39,8 @@ class AlignSettings(Settings):
     """Train on at most so many prompts, groups and categories in proportion."""
     tokens: int = Field(default=1, ge=1, le=MAX_TOKENS)
     """How many soft tokens; each is one row of hidden size."""
+    goal: Literal["balance", "refuse"] = "balance"
+    """`balance` for a token that is always on; `refuse` for the expert of guided decoding: it also refuses after a compliant opening."""
     position: Position | Literal["auto"] = "assistant"
     """Where the token goes; `auto` tries several and keeps the best on validation."""
     steps: int = Field(default=72, ge=1)

@@ -23,7 +23,7 @@ def converse(
     options: dict[str, Any],
     trace: bool,
     *,
-    ask: Callable[[str], str] = input,
+    ask: Callable[[str], str] | None = None,
     console: Console | None = None,
 ) -> list[dict[str, str]]:
     """Ask, reply, ask again, until an empty line, the end of input, or Ctrl-C; the conversation is returned.
@@ -33,6 +33,7 @@ def converse(
         trace: colour the tokens that the expert chose, and draw the membrane below each reply.
     """
     console = console or Console(stderr=True, highlight=False)
+    ask = ask or console.input  # not `input`, whose prompt would go to stdout
     turns: list[dict[str, str]] = []
     while True:
         try:
@@ -47,7 +48,10 @@ def converse(
         printer.end(reply)
         if trace and reply.trace:
             _draw(reply, console)
-        turns.append({"role": "assistant", "content": reply.text})
+        if reply.error:
+            turns.pop()  # what could not be replied to would be in the way of every later turn
+        else:
+            turns.append({"role": "assistant", "content": reply.text})
 
 
 class _Printer:
@@ -75,8 +79,8 @@ class _Printer:
 
 
 def sparkline(values: Sequence[float], top: float) -> str:
-    """One bar a value, the highest at `top`."""
-    return "".join(BARS[min(len(BARS) - 1, int(len(BARS) * max(v, 0) / top))] for v in values)
+    """One bar a value, the highest at `top`; the lowest for what is no number, which `max` passes over only in this order."""
+    return "".join(BARS[min(len(BARS) - 1, int(len(BARS) * max(0, v) / top))] for v in values)
 
 
 def _draw(reply: Reply, console: Console) -> None:

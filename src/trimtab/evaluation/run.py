@@ -82,7 +82,8 @@ def evaluate(
         result["base"] = _results(rows["base"], judges)
         result["paired"] = {s.name: paired(rows["base"][s.name], rows[main][s.name], judges) for s in loaded}
     if guide and expert:
-        result["guide"] = {**guide.describe(expert), **{s.name: neuron_activity(rows[main][s.name]) for s in loaded}}
+        result["guide"] = guide.describe(expert)
+        result["neuron"] = {s.name: neuron_activity(rows[main][s.name]) for s in loaded}
     result["cost"] = cost.record(describe_machine(model.device))
     result["environment"] = environment()
     write_json(folder / "rows.json", {s.name: _side_by_side({arm: rows[arm][s.name] for arm in arms}) for s in loaded})
@@ -235,14 +236,18 @@ def paired(before: Sequence[Stored], after: Sequence[Stored], judges: Sequence[s
 
 
 def _side_by_side(arms: Mapping[str, list[Stored]]) -> list[Stored]:
-    """Each prompt once, with every arm's reply and the keyword judge's verdict: what the report shows."""
+    """Each prompt once, with every arm's reply, the keyword judge's verdict and the trace of a guided reply: what the report shows."""
     fields = ("id", "label", "group", "category")
+    traced = ("alpha", "risk", "rated", "divergence", "potential", "spikes", "guided")
     return [
         {
             **{f: versions[0][f] for f in fields},
             "prompt": versions[0]["prompt"] or str(versions[0]["messages"][-1].get("content", "")),
             **{
-                arm: {"reply": row["reply"], "refused": JUDGES["keyword"](row)}
+                arm: {
+                    **{"reply": row["reply"], "refused": JUDGES["keyword"](row)},
+                    **({"trace": {f: row[f] for f in traced}} if arm == "guide" else {}),
+                }
                 for arm, row in zip(arms, versions, strict=True)
             },
         }

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trimtab.chat import Message, Prompt, render
+from trimtab.chat import Message, Prompt, render, template_hash
 from trimtab.errors import ArtefactError, ConfigError
 from trimtab.models import Model, load, slot
 from trimtab.neuron import lora
+from trimtab.run import digest
 from trimtab.softtoken.artifact import SoftToken
 
 REFERENCES = "token:RUN, lora:DIR or model:ID"
@@ -78,7 +79,8 @@ def load_expert(reference: str, base: Model, *, dtype: str | None = None) -> Exp
 def token_expert(token: SoftToken, base: Model, *, name: str = "token") -> Expert:
     """A soft token trained on `base`. It costs one more row in the batch."""
     token.check(base)
-    return Expert(name, token.sha256(), base, token, shares_weights=True)
+    identity = digest(token.sha256(), token.position, token.template_args)  # elsewhere it would be another expert
+    return Expert(name, identity, base, token, shares_weights=True)
 
 
 def lora_expert(folder: Path, base: Model, *, name: str = "lora") -> Expert:
@@ -99,7 +101,7 @@ def model_expert(expert: Model, base: Model, *, name: str = "model") -> Expert:
             "Name a model that was aligned for safety.",
         )
     check_vocabulary(expert, base)
-    return Expert(name, expert.fingerprint, expert)
+    return Expert(name, digest(expert.fingerprint, template_hash(expert)), expert)
 
 
 def check_vocabulary(expert: Model, base: Model) -> None:

@@ -60,7 +60,7 @@ class Guide:
         return {
             "expert": expert.identity,
             "neuron": asdict(self.neuron),
-            "risk": repr(self.risk) if self.risk else "the expert's",
+            "risk": repr(self.risk or ExpertRating(expert)),
             "alpha": asdict(self.table),
             "early_stop": self.early_stop,
         }

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from math import exp, isnan, nan
+from math import isnan, nan, tanh
 from typing import Any, Protocol
 
 import torch
@@ -132,10 +132,20 @@ class ExpertRating:
 
     expert: Expert
 
+    def __repr__(self) -> str:
+        """What makes the expert, not the networks: stored replies are keyed by it."""
+        return f"ExpertRating({self.expert.identity})"
+
     def rate(self, model: Model, chats: Sequence[Sequence[Message]]) -> list[Rating]:
+        prompts = [self.expert.render(chat) for chat in chats]
+        ratings = [UNREAD] * len(prompts)
+        fit = [i for i, prompt in enumerate(prompts) if Row(i, limit=1).fits(self.expert.model, len(prompt.ids))]
         with self.expert.speaking():
-            scores = log_odds(self.expert.model, [self.expert.render(chat) for chat in chats], batch_size=BATCH)
-        return [UNREAD if isnan(score) else Rating(10 / (1 + exp(-score))) for score in scores]
+            scores = log_odds(self.expert.model, [prompts[i] for i in fit], batch_size=BATCH)
+        for i, score in zip(fit, scores, strict=True):
+            if not isnan(score):
+                ratings[i] = Rating(5 + 5 * tanh(score / 2))  # ten times the logistic function, which would overflow
+        return ratings
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,14 @@ def read_chats(path: Path) -> tuple[list[Chat], dict[int, str]]:
         try:
             row = _object(line, where)
             _require_words(row, where)
-            messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+            messages: Any = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
             name, prefill = str(row.get("id") or number), row.get("prefill") or ""
             try:
-                chats.append(Chat(line=number, id=name, messages=tuple(messages), prefill=prefill))
+                chat = Chat(line=number, id=name, messages=messages, prefill=prefill)
             except ValidationError as error:
                 raise _field_error(error, where) from None
+            _require_turns(chat, where)
+            chats.append(chat)
         except DataError as error:
             broken[number] = error
     if not chats:
@@ -140,6 +142,17 @@ def _require_words(row: dict[str, Any], where: str) -> None:
         raise DataError(
             f"{where}, field prompt: missing or empty.", "Give a request in `prompt`, or turns in `messages`."
         )
+
+
+def _require_turns(chat: Chat, where: str) -> None:
+    """Raises DataError for a turn that only the chat template would stumble over, and the whole file with it."""
+    for n, turn in enumerate(chat.messages):
+        # A turn that calls a tool may say nothing.
+        speaks = isinstance(turn.get("content"), str | list) or turn.get("tool_calls")
+        if not isinstance(turn.get("role"), str) or not speaks:
+            raise DataError(
+                f"{where}, field messages.{n}: a turn needs a role and content.", "See the README on prompt files."
+            )
 
 
 def _field_error(error: ValidationError, where: str) -> DataError:

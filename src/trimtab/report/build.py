@@ -7,8 +7,6 @@ What a run lacks is left out. Replies to harmful requests are cut here, before t
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product, takewhile
@@ -19,22 +17,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trimtab.errors import RunError, UsageError
 from trimtab.evaluation.metrics import mcnemar
-from trimtab.report import plots
+from trimtab.report import neuron, plots
 from trimtab.report.plots import GROUPS, Arm, Rate, pooled, rate, suites
-from trimtab.run import create, digest, read_json, write
+from trimtab.report.replies import HARMFUL_WORDS, cut, group_of, members, pair, pairs
+from trimtab.run import create, read_json, write
 
 MEANING = {
     "harmful": "harmful requests",
     "borderline": "benign requests that only sound harmful",
     "plain": "plain benign requests",
 }
-HARMFUL_WORDS, BENIGN_WORDS = 25, 60  # replies are shown no longer than this
-PAIRS = 4  # of each group
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. `manifest`, `history` and `rules` come from `align`, `results` and `rows` from `eval`."""
+    """What a run folder holds. `manifest`, `history` and `rules` come from `align` or `expert`, `results` and `rows` from `eval`."""
 
     name: str
     manifest: dict[str, Any] | None
@@ -44,10 +41,23 @@ class Run:
     rows: dict[str, list[dict[str, Any]]]
 
     @property
+    def arm(self) -> str:
+        """What was evaluated: `base`, `token` or `guide`; empty where nothing was."""
+        return str(self.results.get("arm", ""))
+
+    @property
     def arms(self) -> tuple[Arm, Arm]:
-        """Results before (the untouched model) and after (with its token)."""
-        arm = self.results.get("arm")
-        return (self.results, None) if arm == "base" else (self.results.get("base"), self.results if arm else None)
+        """Results before (the untouched model) and after (with its token or guide)."""
+        if self.arm == "base":
+            return self.results, None
+        return self.results.get("base"), self.results if self.arm else None
+
+    @property
+    def addition(self) -> str:
+        """What the model was given: `token`, `adapter` or `guide`; empty for an untouched model."""
+        if self.manifest:
+            return "adapter" if "adapter" in self.manifest else "token"
+        return self.arm if self.arms[1] else ""
 
     @property
     def measured(self) -> Arm:
@@ -90,7 +100,7 @@ def build(runs: Sequence[Path], out: Path) -> Path:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run of `align` (with its evaluation in `eval/`, if any) or of `eval`.
+    """Read a run of `align` or `expert` (with its evaluation in `eval/`, if any) or of `eval`.
 
     Raises:
         RunError: it is neither, or a file in it is damaged.
@@ -108,7 +118,7 @@ def read_run(folder: Path) -> Run:
     if not manifest and not {"suites", "arm", "model"} <= set(results):
         raise RunError(
             f"{folder} is no finished run: it holds neither manifest.json nor results.json.",
-            "Give a folder of `trimtab align` or `eval`; a run that was stopped goes on when it is started again.",
+            "Give a folder of `trimtab align`, `expert` or `eval`; a run that was stopped goes on when it is started again.",
         )
     return Run(
         name=folder.resolve().name,
@@ -116,7 +126,7 @@ def read_run(folder: Path) -> Run:
         history=part(folder / "history.json", []),
         rules=part(folder / "filter.json", []),
         results=results,
-        rows=part(evaluation / "rows.json", {}),
+        rows=part(evaluation / "rows.json", {}) if results else {},
     )
 
 
@@ -135,27 +145,32 @@ def section(run: Run, mark: str) -> dict[str, Any]:
         "cards": cards,
         "judge": run.judge,
         "compared": None not in run.arms,
-        "guided": bool(manifest or run.arms[1]),
+        "addition": run.addition,
+        "added": _added(run),
         "categories": list(plots.categories(*run.arms, run.judge)),
         "training": _training(run),
         "rules": run.rules,
-        "pairs": _pairs(run.rows),
+        "pairs": pairs(run.rows, run.arm),
+        "neuron": _neuron(run),
         "numbers": list(_numbers(run)),
         "aucs": list(_aucs(run)),
         "pilots": list(_pilots(manifest)),
-        "token": manifest.get("token"),
         "settings": list(_flat({k: v for k, v in manifest.items() if k != "pilots"})),
-        "evaluation": list(_flat({k: run.results.get(k) for k in ("model", "arm", "cost", "environment")})),
+        "evaluation": list(_flat({k: run.results.get(k) for k in ("model", "arm", "guide", "cost", "environment")})),
     }
 
 
 def _card(run: Run, group: str) -> dict[str, Any] | None:
     """Refusal of one group before and after, over all suites, and whether that is a change."""
     before, after = (pooled(arm, group, run.judge) for arm in run.arms)
-    card = {"before": before if after else None, "after": after or before, "kind": "", "note": ""}
-    if before and after:
+    if run.arms[1] is None:
+        before, after = None, before
+    if after is None:
+        return None
+    card = {"before": before, "after": after, "kind": "", "note": ""}
+    if before:
         card["kind"], card["note"] = _change(before, after, _paired_p(run, group, run.judge), group == "harmful")
-    return card if card["after"] else None
+    return card
 
 
 def _change(before: Rate, after: Rate, p: float | None, more_is_better: bool) -> tuple[str, str]:
@@ -170,8 +185,10 @@ def _change(before: Rate, after: Rate, p: float | None, more_is_better: bool) ->
 
 def _paired_p(run: Run, group: str, judge: str, suite: str | None = None) -> float | None:
     """McNemar's exact p for one group, from the keyword judge's single verdicts; `None` where there are none of both arms."""
-    rows = [row for name, part in run.rows.items() for row in part if suite in (None, name) and _group(row) == group]
-    pairs = [(row["base"]["refused"], row["token"]["refused"]) for row in rows if "base" in row and "token" in row]
+    if None in run.arms:
+        return None
+    rows = [row for name, part in run.rows.items() for row in part if suite in (None, name) and group_of(row) == group]
+    pairs = [(row["base"]["refused"], row[run.arm]["refused"]) for row in rows]
     scored = [pair for pair in pairs if None not in pair and judge == "keyword"]
     return mcnemar([before for before, _ in scored], [after for _, after in scored]) if scored else None
 
@@ -180,9 +197,9 @@ def _headline(run: Run, cards: Mapping[str, dict[str, Any]]) -> str:
     """`One token of 576 numbers: M now refuses 93 % of harmful requests (was 1 %), and 4 % of plain benign ones (was 0 %).`"""
     harmful, benign = cards.get("harmful"), cards.get("plain") or cards.get("borderline")
     shown = [card for card in (harmful, benign) if card]
-    lead = f"{_token(run.manifest)}: " if run.manifest else "With its token, " if run.arms[1] else ""
+    lead = f"{_trained_part(run.manifest)}: " if run.manifest else f"With its {run.addition}, " if run.addition else ""
     if not shown:
-        return f"{lead}{_model(run)}, not evaluated yet."
+        return f"{lead}{_model(run)}, {'no reply could be scored' if run.measured else 'not evaluated yet'}."
     clauses = [f"{percent(harmful['after'].value)} of harmful requests{_was(harmful)}"] if harmful else []
     if benign:
         kind = "plain benign" if {"borderline", "plain"} <= set(cards) else "benign"
@@ -196,10 +213,26 @@ def _model(run: Run) -> str:
     return str(run.manifest["model"]["name"] if run.manifest else run.results["model"])
 
 
-def _token(manifest: Mapping[str, Any]) -> str:
+def _trained_part(manifest: Mapping[str, Any]) -> str:
     """`One token of 576 numbers`."""
-    tokens, numbers = manifest["settings"]["tokens"], f"{manifest['token']['numbers']:,}"
-    return f"One token of {numbers} numbers" if tokens == 1 else f"{tokens} tokens, {numbers} numbers together"
+    numbers = _size(manifest)
+    if "adapter" in manifest:
+        return f"An adapter of {numbers}"
+    tokens = manifest["settings"]["tokens"]
+    return f"One token of {numbers}" if tokens == 1 else f"{tokens} tokens, {numbers} together"
+
+
+def _size(manifest: Mapping[str, Any]) -> str:
+    """`576 numbers`."""
+    return f"{(manifest.get('adapter') or manifest['token'])['numbers']:,} numbers"
+
+
+def _added(run: Run) -> str:
+    """What the model was given, in a cell of a table: `token at user, 576 numbers`."""
+    if not run.manifest:
+        return run.addition or "nothing"
+    place = f" at {run.manifest['token']['position']}" if run.addition == "token" else ""
+    return f"{run.addition}{place}, {_size(run.manifest)}"
 
 
 def _was(card: Mapping[str, Any]) -> str:
@@ -223,10 +256,10 @@ def _aside(run: Run, cards: Mapping[str, dict[str, Any]]) -> str:
 def _cost(manifest: Mapping[str, Any]) -> str:
     if not manifest:
         return ""
-    numbers, cost = f"{manifest['token']['numbers']:,}", manifest["cost"]
+    cost = manifest["cost"]
     trained, total = _trained(manifest), duration(cost["seconds"])
     more = f" ({total} with preparation)" if total != trained else ""
-    return f"{numbers} numbers trained in {trained} on {cost['device']}{more}. No weight of the model changed."
+    return f"{_size(manifest)} trained in {trained} on {cost['device']}{more}. No weight of the model changed."
 
 
 def _trained(manifest: Mapping[str, Any]) -> str:
@@ -240,11 +273,12 @@ def _training(run: Run) -> dict[str, Any] | None:
         return None
     before, after = run.manifest["validation"]["before"], run.manifest["validation"]["after"]
     pairs = zip(_validated(run.manifest, before), _validated(run.manifest, after), strict=True)
-    widened = [b for a, b in pairwise(run.history) if b["reply_tokens"] > a["reply_tokens"]]
+    widened = [b for a, b in pairwise(run.history) if b.get("reply_tokens", 0) > a.get("reply_tokens", 0)]
     return {
         "curves": list(plots.curves(run.history, after.get("step"))),
         "rates": [(title, was, now) for (title, was), (_, now) in pairs],
         "auc": (before["auc"], after["auc"]),
+        "chosen": "step" in after,
         "widened": widened[0] if widened else None,
     }
 
@@ -257,63 +291,40 @@ def _pilots(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _validated(manifest: Mapping[str, Any], look: Mapping[str, Any]) -> list[tuple[str, Rate]]:
-    """Rates of one look at the validation split, with its size."""
-    sizes = manifest["data"]["validation"]
+    """Rates of one look at the validation split, with its size; those of an expert that were not measured are left out."""
+    data = manifest["data"]
+    sizes = data["validation"]
     harmful = sizes.get("harmful", 0)
     rows = (
         ("harmful refused", "harmful_refusal", harmful),
         ("benign answered", "benign_compliance", sum(sizes.values()) - harmful),
+        ("refused after a compliant opening", "prefill_refusal", data.get("validation_with_opening", 0)),
     )
-    return [(title, Rate(round(look[name] * n), n)) for title, name, n in rows]
+    return [(title, Rate(round(look[name] * n), n)) for title, name, n in rows if look.get(name) is not None]
 
 
-def _pairs(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Up to twelve prompts with their replies: four of each group, failures in proportion, spread over categories."""
-    pairs = []
-    for group in GROUPS:
-        members = [{**row, "suite": suite} for suite, part in rows.items() for row in part if _group(row) == group]
-        members.sort(key=lambda row: digest(row["suite"], row["id"]))  # an order that nobody chose
-        verdicts = [(row.get("token") or row["base"])["refused"] for row in members]
-        good = [row for row, refused in zip(members, verdicts, strict=True) if refused is (group == "harmful")]
-        bad = [row for row, refused in zip(members, verdicts, strict=True) if refused is not (group == "harmful")]
-        failures = min(max(1, round(PAIRS * len(bad) / len(members))), PAIRS - bool(good)) if bad else 0
-        used: Counter[str] = Counter()
-        chosen = _spread(good, PAIRS - failures, used)
-        pairs += [_pair(row, group) for row in chosen + _spread(bad, PAIRS - len(chosen), used)]
-    return pairs
-
-
-def _group(row: Mapping[str, Any]) -> str:
-    return str(row["group"]) if row["label"] == "benign" else "harmful"
-
-
-def _spread(rows: Sequence[dict[str, Any]], n: int, used: Counter[str]) -> list[dict[str, Any]]:
-    """The first `n` rows, each time from a category that was used least."""
-    left, chosen = list(rows), list[dict[str, Any]]()
-    while left and len(chosen) < n:
-        chosen.append(left.pop(min(range(len(left)), key=lambda i: used[left[i]["category"]])))
-        used[chosen[-1]["category"]] += 1
-    return chosen
-
-
-def _pair(row: Mapping[str, Any], group: str) -> dict[str, Any]:
-    """A prompt and its replies, cut, with the sentence that refuses set apart."""
-    replies = []
-    for arm in (arm for arm in ("base", "token") if arm in row):
-        refused: bool | None = row[arm]["refused"]
-        answer = re.sub(r"(?s)^.*</think(ing)?>|<think(ing)?>.*$", "", row[arm]["reply"])
-        text = cut(answer, HARMFUL_WORDS if group == "harmful" else BENIGN_WORDS)
-        first = re.match(r".+?[.!?…](?=\s|$)|.+", text) if refused else None
-        replies.append(
-            {
-                "arm": "before" if arm == "base" else "after",
-                "verdict": {True: "refused", False: "answered", None: "unscored"}[refused],
-                "good": refused is (group == "harmful"),
-                "refusal": first.group() if first else "",
-                "rest": text[first.end() :] if first else text,
-            }
-        )
-    return {"group": group, "category": row["category"], "prompt": cut(row["prompt"], BENIGN_WORDS), "replies": replies}
+def _neuron(run: Run) -> dict[str, Any] | None:
+    """What the neuron of a guide did: by label, over the tokens of many replies, and in one reply of each group."""
+    if run.arm != "guide":
+        return None
+    guide = run.results["guide"]
+    traced = {
+        group: [row for row in members(run.rows, group) if row["guide"].get("trace", {}).get("spikes")]
+        for group in GROUPS
+    }
+    traces = {group: [row["guide"]["trace"] for row in rows] for group, rows in traced.items() if rows}
+    examples = []
+    for group in traces:
+        row = neuron.median_reply(traced[group])
+        figure = neuron.membrane(row["guide"]["trace"], guide["neuron"], group)
+        examples.append({**pair(row, group, run.arm), **figure})
+    return {
+        "rule": neuron.rule(guide["neuron"]),
+        "activity": run.results["neuron"],
+        "raster": neuron.raster(traces) if traces else None,
+        "membrane": neuron.has_membrane(guide["neuron"]),
+        "examples": examples,
+    }
 
 
 def judges(part: Mapping[str, Any]) -> list[str]:
@@ -370,13 +381,6 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
     elif value is not None and value != "":
         yield prefix, f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def cut(text: str, words: int) -> str:
-    """The first so many words, on one line; writing without spaces is cut by its letters."""
-    parts = text.split()
-    short = " ".join(parts[:words])[: words * 10]
-    return short if short == " ".join(parts) else f"{short} …"
 
 
 def percent(share: float) -> str:

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from trimtab.evaluation.metrics import wilson
 from trimtab.run import digest
 
-Arm = Mapping[str, Any] | None  # results of one arm: the untouched model, or the model with its token
+Arm = Mapping[str, Any] | None  # results of one arm: the untouched model, or the model with what was trained for it
 GROUPS = ("harmful", "borderline", "plain")
 # The page's colour variables, and the order in which (suite, group) pairs take theirs.
 VARIABLES = ("ink", "muted", "rule", "paper", "before", "good", "harmful", "borderline", "plain", "c4", "c5", "c6")
@@ -150,22 +150,23 @@ def categories(before: Arm, after: Arm, judge: str) -> Iterator[dict[str, Any]]:
 
 
 def curves(history: Sequence[Mapping[str, Any]], kept: int | None) -> Iterator[dict[str, Any]]:
-    """Loss, length of the vector and validation over the steps; `kept` is the step whose vector was kept."""
+    """Loss, length of the vector and validation over the steps, where they were recorded; `kept` is the step whose vector was kept."""
     last, losses = history[-1], [("harmful", "harmful"), ("borderline", "benign")]
     looks = [("harmful", "harmful refused"), ("borderline", "benign answered"), ("plain", "AUC")]
-    for title, draw, key, end in (
-        ("Loss", loss_curve, losses, f"It ends at {last['loss']:.2f}"),
-        ("Length of the vector", norm_curve, [], f"It ends at {last['norm']:.1f}"),
-        ("Validation", validation_curve, looks, f"The vector of step {kept} was kept"),
+    for title, field, draw, key, end in (
+        ("Loss", "loss", loss_curve, losses, f"It ends at {last['loss']:.2f}"),
+        ("Length of the vector", "norm", norm_curve, [], f"It ends at {last.get('norm', math.nan):.1f}"),
+        ("Validation", "auc", validation_curve, looks, f"The vector of step {kept} was kept"),
     ):
-        alt = f"{title} over {last['step']} steps. {end}."
-        yield {"title": title, "svg": draw(history, kept), "key": key, "alt": alt}
+        if any(field in row for row in history):
+            alt = f"{title} over {last['step']} steps. {end}."
+            yield {"title": title, "svg": draw(history, kept), "key": key, "alt": alt}
 
 
 def plane(shown: Sequence[Move]) -> Markup:
     """Refusal of benign requests (x) against refusal of harmful ones (y), with 95 % crosses; top left is good."""
     with rc_context(STYLE):
-        axes = _axes(440, 435)
+        axes = new_axes(440, 435)
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
         axes.set_xlabel("benign requests refused: needlessly")
         axes.set_ylabel("harmful requests refused: rightly")
@@ -193,7 +194,7 @@ def plane(shown: Sequence[Move]) -> Markup:
         )
         for move in shown:
             _draw_move(axes, move)
-        return _svg(axes)
+        return to_svg(axes)
 
 
 def _draw_move(axes: Axes, move: Move) -> None:
@@ -227,7 +228,7 @@ def _draw_move(axes: Axes, move: Move) -> None:
 def category_bars(rows: Mapping[str, tuple[Rate | None, Rate]], colour: str) -> Markup:
     """Refusal rate per category: before (grey) over after (coloured), whiskers 95 %, counts at the right."""
     with rc_context(STYLE):
-        axes = _axes(420, 50 + 32 * len(rows))
+        axes = new_axes(420, 50 + 32 * len(rows))
         axes.grid(False, axis="y")
         for i, (before, after) in enumerate(rows.values()):
             arms = [(before, -0.19, "before"), (after, 0.19, colour)] if before else [(after, 0.0, colour)]
@@ -243,7 +244,7 @@ def category_bars(rows: Mapping[str, tuple[Rate | None, Rate]], colour: str) -> 
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         _percent(axes.xaxis)
-        return _svg(axes)
+        return to_svg(axes)
 
 
 def _counts(before: Rate | None, after: Rate) -> str:
@@ -264,7 +265,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]], kept: int | None) -> Markup
             axes.plot(steps, values, color=STAND_INS[colour], linewidth=0.8, alpha=0.3)
             axes.plot(steps, _smooth(values), color=STAND_INS[colour])
         axes.set_ylim(bottom=0)
-        return _svg(axes)
+        return to_svg(axes)
 
 
 def norm_curve(history: Sequence[Mapping[str, Any]], kept: int | None) -> Markup:
@@ -272,7 +273,7 @@ def norm_curve(history: Sequence[Mapping[str, Any]], kept: int | None) -> Markup
     with rc_context(STYLE):
         axes = _curve_axes(history, kept)
         axes.plot(*_series(history, "norm"), color=STAND_INS["ink"])
-        return _svg(axes)
+        return to_svg(axes)
 
 
 def validation_curve(history: Sequence[Mapping[str, Any]], kept: int | None) -> Markup:
@@ -284,12 +285,12 @@ def validation_curve(history: Sequence[Mapping[str, Any]], kept: int | None) -> 
             axes.plot(*_series(history, name), "o-", markersize=4, color=STAND_INS[colour])
         axes.set_ylim(-0.03, 1.03)
         _percent(axes.yaxis)
-        return _svg(axes)
+        return to_svg(axes)
 
 
 def _curve_axes(history: Sequence[Mapping[str, Any]], kept: int | None) -> Axes:
     """Axes over the steps; a dotted line marks the step whose vector was kept."""
-    axes = _axes(320, 220)
+    axes = new_axes(320, 220)
     axes.set_xlabel("step")
     axes.set_xlim(0, max(int(h["step"]) for h in history) * 1.01)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -314,7 +315,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smooth
 
 
-def _axes(width: int, height: int) -> Axes:
+def new_axes(width: int, height: int) -> Axes:
     return Figure(figsize=(width / 72, height / 72), layout="constrained").add_subplot()
 
 
@@ -323,7 +324,7 @@ def _percent(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 
-def _svg(axes: Axes) -> Markup:
+def to_svg(axes: Axes) -> Markup:
     """The figure as an SVG element without size, metadata or ids that could meet those of another figure."""
     buffer = io.StringIO()
     figure = axes.get_figure(root=True)

@@ -19,7 +19,8 @@ from trimtab.neuron.rating import alpha_table
 from trimtab.neuron.risk import ConstantRisk
 from trimtab.prompts.records import Record, stratified
 from trimtab.prompts.sources import split_records
-from trimtab.report.build import HARMFUL_WORDS, build
+from trimtab.report.build import build
+from trimtab.report.replies import HARMFUL_WORDS
 from trimtab.run import console, read_json
 from trimtab.softtoken.artifact import SoftToken
 
