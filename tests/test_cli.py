@@ -156,7 +156,7 @@ EXPERT = ["--expert", "token:{tmp}/token-run"]
         (["eval", "{model}", "-o", "{tmp}/x", *EXPERT, "--risk", "gaurd:x"], 2, "unknown rater 'gaurd:x'"),
         (["eval", "{model}", "-o", "{tmp}/x", *EXPERT, "--divergence", "l2"], 2, "divergence: input should be 'tv'"),
         (["eval", "{model}", "-o", "{tmp}/x", *EXPERT, "--draft", "65"], 2, "draft: input should be less"),
-        (["eval", "{model}", "-o", "{tmp}/x", *EXPERT, "--token", "{tmp}/token-run"], 2, "give one of them"),
+        (["eval", "{model}", "-o", "{tmp}/x", *EXPERT, "--token", "{tmp}/token-run"], 2, "Give one of them"),
         (["chat", "{model}", "--expert", "token:{tmp}/nowhere"], 1, "holds no token"),
         (["chat", "{model}", "--expert", "{tmp}/token-run"], 2, "names no expert"),
         (["chat", "{model}", "--expert", "model:{model}"], 1, "is the base model itself"),

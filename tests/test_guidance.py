@@ -91,7 +91,11 @@ def settings(**given: Any) -> GuidanceSettings:
 
 def test_no_expert_no_guide(model: Model) -> None:
     assert guide_from(settings(), model) is None
-    assert guide_from(settings(token=Path("somewhere"), neuron="always"), model) is None
+    assert guide_from(settings(token=Path("somewhere")), model) is None
+    assert guide_from(settings(neuron="never"), model) is None
+    for name, value in (("neuron", "always"), ("alpha", "0.9"), ("early_stop", "corrected"), ("draft", 4)):
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} does nothing without an expert"):
+            guide_from(settings(**{name: value}), model)
 
 
 def test_an_expert_that_is_never_heard_need_not_be_there(model: Model) -> None:

@@ -283,7 +283,7 @@ def test_the_stream_sees_every_token(make: Callable[[Model, str], Expert]) -> No
     model = build("llama", "default")
     seen: list[tuple[int, int, int]] = []
     found = generate(
-        model, CHATS, guide=Guide(make(model, "model")), max_new_tokens=5,
+        model, CHATS, guide=Guide(make(model, "model"), risk=ConstantRisk(9)), max_new_tokens=5,
         stream=lambda row: seen.append((row.index, len(row.ids), row.trace[-1].chosen)),
     )  # fmt: skip
     assert sorted(seen) == sorted((i, n + 1, r.ids[n]) for i, r in enumerate(found) for n in range(len(r.ids)))
@@ -336,7 +336,7 @@ def test_experts_that_cannot_guide_are_refused(make: Callable[[Model, str], Expe
     check_vocabulary(build("llama", "default", padding=4, seed=2), model)
     stranger = SoftToken.of(build("llama", "default", seed=9), vectors_for(model), "user")
     with pytest.raises(ArtefactError, match="trained on"):
-        Guide(stranger).made_ready(model)
+        Guide(stranger).expert_for(model)
     for reference in ("token", "tokens:x", "model:", "/some/path"):
         with pytest.raises(ConfigError, match="names no expert"):
             load_expert(reference, model)

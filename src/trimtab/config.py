@@ -126,15 +126,16 @@ class GuidanceSettings(ModelSettings):
     """Folder of an align run."""
     expert: str | None = None
     """token:RUN, lora:DIR or model:ID."""
-    neuron: str = "lif"
+    neuron: str | None = None
+    """lif, paper, ema, always, never or random:P; lif if not given."""
     threshold: float | None = Field(default=None, gt=0)
     """Membrane potential at which the neuron fires; the neuron's own if not given."""
-    divergence: Literal["tv", "js", "kl", "cosine"] = "tv"
-    risk: str = "expert"
-    """Who rates requests: expert, self, logits, guard:MODEL or const:R."""
-    alpha: str = "code"
-    """Strength from risk: code, paper, or one number for all."""
-    early_stop: Literal["off", "published", "corrected"] = "off"
+    divergence: Literal["tv", "js", "kl", "cosine"] | None = None
+    risk: str | None = None
+    """Who rates requests: expert, self, logits, guard:MODEL or const:R; the expert if not given."""
+    alpha: str | None = None
+    """Strength from risk: code, paper, or one number for all; code if not given."""
+    early_stop: Literal["off", "published", "corrected"] | None = None
     draft: int | None = Field(default=None, ge=0, le=64)
     """Tokens that an expert with weights of its own writes ahead; adaptive if not given."""
 

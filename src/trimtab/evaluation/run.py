@@ -121,21 +121,22 @@ def _measure(
     return [{**store[k], **r.model_dump(exclude={"split"})} for r, k in zip(suite.records, keys, strict=True)]
 
 
-@torch.inference_mode()
 def _by_itself(
     model: Model, prompts: Sequence[Prompt], token: SoftToken | None, max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
     """Greedy replies and refusal log-odds, of the untouched model or with a token that is always on."""
     vectors = token.vectors.to(model.device) if token else None
-    rows = [Row(i, max_new_tokens) for i in range(len(prompts))]
-    with slot(model, vectors):
-        past, tails = read(model, [p.ids for p in prompts])
-        scores = opening_log_odds(model, tails, past.fork()).tolist()
-        decode(model, tails, past, rows, vectors=vectors)
-    for row, score in zip(rows, scores, strict=True):
+    rows = [Row(i, max_new_tokens, prompt.ids) for i, prompt in enumerate(prompts)]
+    scores: dict[int, float] = {}
+    if fit := [row for row in rows if row.fits(model, len(row.prompt))]:
+        with torch.inference_mode(), slot(model, vectors):
+            past, tails = read(model, [row.prompt for row in fit])
+            found = opening_log_odds(model, tails, past.fork()).tolist()
+            decode(model, tails, past, fit, vectors=vectors)
+        scores = {row.index: score for row, score in zip(fit, found, strict=True) if math.isfinite(score)}
+    for row in rows:
         reply = model.tokenizer.decode(row.ids, skip_special_tokens=True)
-        log_odds = score if math.isfinite(score) else None
-        yield {"reply": reply, "tokens": len(row.ids), "stop": row.stop, "log_odds": log_odds}
+        yield {"reply": reply, "tokens": len(row.ids), "stop": row.stop, "log_odds": scores.get(row.index)}
 
 
 def _under_guide(
@@ -160,11 +161,16 @@ def _under_guide(
             "alpha": reply.alpha,
             "risk": reply.rating.risk if reply.rating else None,
             "rated": reply.rating.parsed if reply.rating else None,
-            "divergence": [round(step.divergence, 4) for step in steps],
-            "potential": [round(step.potential, 4) for step in steps],
+            "divergence": [_rounded(step.divergence) for step in steps],
+            "potential": [_rounded(step.potential) for step in steps],
             "spikes": [int(step.spike) for step in steps],
             "guided": [int(step.guided) for step in steps],
         }
+
+
+def _rounded(value: float) -> float | None:
+    """JSON has no word for what is no number."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def neuron_activity(rows: Sequence[Stored]) -> dict[str, Any]:
@@ -173,7 +179,10 @@ def neuron_activity(rows: Sequence[Stored]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for label, part in _by(rows, "label").items():
         tokens = sum(len(row.get("spikes", ())) for row in part)
-        total = {what: sum(sum(row.get(what, ())) for row in part) for what in ("spikes", "guided", "divergence")}
+        total = {
+            what: sum(value for row in part for value in row.get(what, ()) if value is not None)
+            for what in ("spikes", "guided", "divergence")
+        }
         found[label] = {
             "spike_rate": total["spikes"] / tokens if tokens else None,
             "guided_rate": total["guided"] / tokens if tokens else None,

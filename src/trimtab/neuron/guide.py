@@ -67,20 +67,30 @@ class Guide:
 
 
 def guide_from(settings: GuidanceSettings, model: Model) -> Guide | None:
-    """The guide that a command's settings ask for; `None` where they name no expert.
+    """The guide that a command's settings ask for; `None` where they name no expert, or a neuron that never lets it speak.
 
     Raises:
-        ConfigError: settings out of range, or a token that is always on beside an expert. ArtefactError, ModelError: see `load_expert`.
+        ConfigError: settings out of range, a token that is always on beside an expert, or settings of a guide without an expert.
+        ArtefactError, ModelError: see `load_expert`.
     """
+    given = {name: value for name in _OF_A_GUIDE if (value := getattr(settings, name)) is not None}
     if settings.expert is None:
+        if given and settings.neuron != "never":  # which asks for plain decoding, and gets it
+            raise ConfigError(
+                f"--{next(iter(given)).replace('_', '-')} does nothing without an expert.", "Add --expert."
+            )
         return None
     if settings.token is not None:
-        raise ConfigError("--token is always on and --expert waits for its neuron: give one of them.", "")
-    neuron = replace(Neuron.named(settings.neuron), divergence=settings.divergence)
-    if settings.threshold is not None:
-        neuron = replace(neuron, threshold=settings.threshold)
-    table = alpha_table(settings.alpha)
-    if neuron.kind != "never":
-        expert = load_expert(settings.expert, model, dtype=settings.dtype)
-        return Guide(expert, neuron, rater(settings.risk, expert), table, settings.early_stop, settings.draft)
-    return None  # an expert that is never heard need not be there
+        raise ConfigError("--token is always on and --expert waits for its neuron.", "Give one of them.")
+    neuron = replace(
+        Neuron.named(settings.neuron or "lif"), **{k: given[k] for k in ("threshold", "divergence") if k in given}
+    )
+    table = alpha_table(settings.alpha or "code")
+    if neuron.kind == "never":
+        return None
+    expert = load_expert(settings.expert, model, dtype=settings.dtype)
+    risk = rater(settings.risk or "expert", expert)
+    return Guide(expert, neuron, risk, table, settings.early_stop or "off", settings.draft)
+
+
+_OF_A_GUIDE = ("neuron", "threshold", "divergence", "risk", "alpha", "early_stop", "draft")

@@ -98,7 +98,7 @@ def membrane(trace: Trace, neuron: Mapping[str, Any], colour: str) -> dict[str, 
 
     Where no potential decides (`has_membrane`), D_t alone with the spikes on it.
     """
-    charged, divergence = trace["potential"], trace["divergence"]
+    charged, divergence = ([math.nan if v is None else v for v in trace[k]] for k in ("potential", "divergence"))
     n, spikes, guided = len(charged), _ones(trace["spikes"]), _ones(trace["guided"])
     decides = has_membrane(neuron)
     curve = charged if decides else divergence
