@@ -50,7 +50,7 @@ def examine() -> list[Finding]:
     findings.append(
         _finding("hub", not offline, "offline (HF_HUB_OFFLINE)" if offline else "not tried", "unset HF_HUB_OFFLINE")
     )
-    for extra, module in (("data", "datasets"), ("bench", "peft")):
+    for extra, module in (("data", "datasets"), ("expert", "peft"), ("bench", "accelerate")):
         here = find_spec(module) is not None
         findings.append(
             _finding(
