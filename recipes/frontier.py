@@ -14,25 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import trimtab as tt
+from trimtab.config import AlignSettings
+from trimtab.softtoken.align import Prepared, prepare
 
 PROMPTS = 1200  # training prompts, unless the row says otherwise
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "5 tokens": {"tokens": 5},
-    "all prompts": {"limit": None, "steps": 160},
-    "all prompts, 5 tokens": {"limit": None, "steps": 160, "tokens": 5},
-    "seed 1": {"seed": 1},
-    "seed 2": {"seed": 2},
     "lambda 0.5": {"benign_weight": 0.5},
     "lambda 0.9": {"benign_weight": 0.9},
     "10 tokens": {"tokens": 10},
     "2 tokens": {"tokens": 2},
-    "I'm sorry": {"refusal": "I'm sorry, but I can't help with that."},
-    "300 prompts": {"limit": 300},
     "gamma 2": {"gamma": 2.0},
     "k = 1": {"reply_tokens": 1},
     "k = 8": {"reply_tokens": 8},
-    **{f"at {place}": {"position": place} for place in ("reply", "system", "user", "start")},
+    "at reply": {"position": "reply"},
+    "all prompts": {"limit": None, "steps": 160},
+    "all prompts, 5 tokens": {"limit": None, "steps": 160, "tokens": 5},
+    "seed 1": {"seed": 1},
+    "seed 2": {"seed": 2},
+    "I'm sorry": {"refusal": "I'm sorry, but I can't help with that."},
+    "300 prompts": {"limit": 300},
+    **{f"at {place}": {"position": place} for place in ("system", "user", "start")},
 }
 SUITES = ("advbench", "strongreject", "xstest", "alpacaeval_000_199", "gsm8k_000_099")
 
@@ -46,9 +49,15 @@ def main() -> None:
     options = parser.parse_args()
     model, records = tt.load("smollm2-135m"), tt.load_prompts("builtin")
     found = []
+    prepared: dict[tuple[Any, ...], Prepared] = {}
     for name in options.only:
+        settings = AlignSettings(**{"limit": PROMPTS, **ROWS[name]})
+        # Reading the prompts takes longer than training on them; most rows start from the same ones.
+        start = (settings.limit, settings.seed, settings.refusal)
         run = options.out / name.replace(" ", "-").replace("'", "")
-        token = tt.align(model, records, out=run, **{"limit": PROMPTS, **ROWS[name]})
+        if not (run / "manifest.json").exists() and start not in prepared:
+            prepared = {start: prepare(model, records, settings)}  # one at a time: they are large
+        token = tt.align(model, records, out=run, settings=settings, prepared=prepared.get(start))
         suites = [str(options.suites / f"{suite}.jsonl") for suite in SUITES]
         measured = tt.evaluate(model, suites, token=token, out=run / "suites", limit=options.limit, max_new_tokens=16)
         found.append({"row": name, **_row(json.loads((run / "manifest.json").read_text()), measured)})

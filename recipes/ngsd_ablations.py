@@ -2,7 +2,7 @@
 
     python recipes/ngsd_ablations.py SUITES_FOLDER --lora DIR [--token RUN] [--out runs/ngsd-ablations] [--limit 50]
 
-Rows: the neuron (lif, hard reset, ema, always, never, random at lif's own rate), alpha fixed, risk constant, an expert nobody aligned, a token for the adapter. All greedy,
+Rows: the neuron (lif, hard reset, primed, ema, always, never, random at lif's own rate), alpha fixed, risk constant, an expert nobody aligned, a token for the adapter. All greedy,
 64 new tokens, keyword judge, 95 % Wilson intervals. A finished row is not run again.
 """
 
@@ -52,7 +52,7 @@ def main() -> None:
         if label in rates[suite]
     ]
     rate = round(sum(spikes) / len(spikes), 3)
-    for name in ("paper", "ema", "always", f"random:{rate}"):
+    for name in ("paper", "primed", "ema", "always", f"random:{rate}"):
         measure(f"neuron {name}", replace(lif, neuron=tt.Neuron.named(name)))
     for strength in ("0.5", "0.9"):
         measure(f"alpha {strength} for all", replace(lif, table=alpha_table(strength)))

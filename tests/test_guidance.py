@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from math import exp, isnan, nan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -213,35 +213,38 @@ def opening_probability(expert: Expert, chat: list[dict[str, str]], openings: tu
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_the_risk_is_ten_times_the_chance_that_the_expert_refuses(
+def test_the_risk_is_what_the_expert_would_do(
     make: Callable[[str], Expert], model: Model, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     expert, openings = make(kind), ("a", "b", "k", "zo", "Z")
     monkeypatch.setattr(refusal, "OPENINGS", openings)
+    begins = [naive_beginning(expert, chat) for chat in CHATS]
+    declined = sorted(set(begins))[::2]  # some of what it says is a refusal, for now
+    monkeypatch.setattr(risk, "is_refusal", lambda words: words in declined)
     found = ExpertRating(expert).rate(model, CHATS)
-    expected = [10 * opening_probability(expert, chat, openings) for chat in CHATS]
+    chances = [opening_probability(expert, chat, openings) for chat in CHATS]
+    expected = [7 + 3 * p if words in declined else 4 * p for p, words in zip(chances, begins, strict=True)]
     assert [rating.risk for rating in found] == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert all(rating.parsed and 0 <= rating.risk <= 10 for rating in found)
-    assert max(expected) > 0.001
-    # It is the expert's word, not the base's.
-    alone = refusal.log_odds(model, [render(model, chat) for chat in CHATS])
-    assert [10 / (1 + exp(-score)) for score in alone] != pytest.approx(expected, rel=0.05)
+    assert {rating.risk >= 7 for rating in found} == {True, False}
+    assert max(chances) > 0.001
     # One at a time, the same.
     assert [ExpertRating(expert).rate(model, [chat])[0].risk for chat in CHATS] == pytest.approx(
         [rating.risk for rating in found], rel=1e-3
     )
 
 
-@pytest.mark.parametrize(
-    ("score", "risk_of_it"),
-    [(0.0, 5.0), (1.0, 7.310585786), (-1.0, 2.689414214), (-4.0, 0.1798620996), (1000.0, 10.0), (-1000.0, 0.0)],
-)
-def test_the_logistic_function_by_hand(
-    make: Callable[[str], Expert], model: Model, monkeypatch: pytest.MonkeyPatch, score: float, risk_of_it: float
-) -> None:
-    monkeypatch.setattr(risk, "log_odds", lambda *_, **__: [score])
-    (found,) = ExpertRating(make("token")).rate(model, CHATS[:1])
-    assert found == Rating(pytest.approx(risk_of_it, abs=1e-8))
+def naive_beginning(expert: Expert, chat: Any) -> str:
+    """The expert's first five tokens, greedily, reading everything anew for each."""
+    ids, reply = expert.render(chat).ids, list[int]()
+    banned = expert.model.slot_ids(len(expert.token.vectors)) if expert.token else []
+    with expert.speaking(), torch.inference_mode():
+        while len(reply) < 5:
+            logits = expert.model.network(input_ids=torch.tensor([[*ids, *reply]]), use_cache=False).logits[0, -1]
+            logits[[i for i in banned if i < len(logits)]] = -torch.inf
+            if int(logits.argmax()) in expert.model.eos_ids:
+                break
+            reply.append(int(logits.argmax()))
+    return str(expert.model.tokenizer.decode(reply, skip_special_tokens=True))
 
 
 def test_what_the_expert_cannot_rate_is_strong(
@@ -252,10 +255,10 @@ def test_what_the_expert_cannot_rate_is_strong(
     rated = ExpertRating(expert).rate(model, CHATS[:2])
     assert ExpertRating(expert).rate(model, [CHATS[0], long, CHATS[1]]) == [rated[0], UNREAD, rated[1]]
     assert ExpertRating(expert).rate(model, []) == []
-    monkeypatch.setattr(risk, "log_odds", lambda *_, **__: [nan, 0.0])
-    found = ExpertRating(expert).rate(model, CHATS[:2])
-    assert found == [UNREAD, Rating(5.0)]
-    assert [alpha(rating, ALPHA_TABLES["code"]) for rating in found] == [0.9, 0.5]
+    monkeypatch.setattr(risk, "opening_log_odds", lambda _model, tails, _past: torch.tensor([nan, 0.0])[: len(tails)])
+    found = ExpertRating(expert).rate(model, [CHATS[0], CHATS[0]])
+    assert found == [UNREAD, Rating(2.0)]
+    assert [alpha(rating, ALPHA_TABLES["code"]) for rating in found] == [0.9, 0.1]
 
 
 def test_a_guide_without_a_rater_asks_its_expert(model: Model, token: SoftToken) -> None:

@@ -43,13 +43,13 @@ def relative(model: Model, noise: float, seed: int = 1) -> Model:
     return Model(f"{model.name}-relative", network, model.tokenizer, "", {"kind": "test"})
 
 
-def adapter(model: Model, folder: Path) -> Path:
+def adapter(model: Model, folder: Path, size: float = 0.2) -> Path:
     """A random LoRA adapter that makes a difference."""
     with attached(model, lora_config(model, rank=2, alpha=4), seed=0) as expert:
         generator = torch.Generator().manual_seed(5)
         for name, parameter in expert.network.named_parameters():
             if "lora_B" in name:
-                parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.data = size * torch.randn(parameter.shape, generator=generator)
         save_adapter(expert, folder)
     return folder
 
@@ -212,6 +212,16 @@ def test_sampling_depends_on_the_seed_alone(make: Callable[[Model, str], Expert]
     a, b = (guided(model, expert, neuron=spiked, batch_size=n, draft=Draft(n)) for n in (1, 8))
     assert [row.trace for row in a] != []
     assert [[s.spike for s in row.trace] for row in a] == [[s.spike for s in row.trace] for row in b]
+
+
+def test_a_primed_neuron_may_fire_at_the_first_token(make: Callable[[Model, str], Expert]) -> None:
+    model = build("llama", "default")
+    expert = make(model, "model")
+    for start in (0.0, 0.6, 5.0):
+        for row in guided(model, expert, neuron=Neuron(start=start), max_new_tokens=1):
+            (step,) = row.trace
+            assert step.potential == pytest.approx(0.875 * start + step.divergence)
+            assert step.spike is (step.potential >= 1)
 
 
 def test_sampling_draws_from_the_mixture_when_the_neuron_fires(make: Callable[[Model, str], Expert]) -> None:

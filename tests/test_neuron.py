@@ -51,6 +51,16 @@ def test_the_paper_resets_to_zero() -> None:
     assert found[2][2] == 0.0
 
 
+def test_the_first_token_is_the_bases_own_unless_primed() -> None:
+    assert spikes(Neuron(), 0.999, 2) == [2]
+    primed = Neuron.named("primed")
+    assert primed.start == 0.6
+    charged, spike, _ = primed.step(torch.tensor([primed.start]), torch.tensor([0.4751]), torch.zeros(1))
+    assert bool(spike)
+    assert float(charged) == pytest.approx(0.875 * 0.6 + 0.4751)
+    assert not bool(primed.step(torch.tensor([primed.start]), torch.tensor([0.4749]), torch.zeros(1))[1])
+
+
 def test_ema_is_a_mean_and_has_no_reset() -> None:
     neuron = Neuron.named("ema")
     found = drive(neuron, [1.0, 1.0, 0.0, 0.0])
@@ -85,7 +95,9 @@ def test_unknown_neurons_are_told(name: str) -> None:
         Neuron.named(name)
 
 
-@pytest.mark.parametrize("wrong", [{"tau": 0.5}, {"threshold": 0.0}, {"keep": 1.0}, {"divergence": "hellinger"}])
+@pytest.mark.parametrize(
+    "wrong", [{"tau": 0.5}, {"threshold": 0.0}, {"keep": 1.0}, {"start": -0.1}, {"divergence": "hellinger"}]
+)
 def test_settings_out_of_range_are_told(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Neuron(**wrong)

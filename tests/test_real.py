@@ -9,11 +9,15 @@ import pytest
 import torch
 
 import trimtab as tt
+from test_guided import adapter, guided, naive_guided, relative
 from trimtab.chat import render
 from trimtab.config import AlignSettings
 from trimtab.decoding.engine import generate_ids
+from trimtab.decoding.guided import Draft
 from trimtab.models import Model
+from trimtab.neuron.expert import load_expert, model_expert, token_expert
 from trimtab.refusal import log_odds
+from trimtab.softtoken.artifact import SoftToken
 
 pytestmark = pytest.mark.real
 
@@ -55,6 +59,24 @@ def test_batched_decoding_equals_transformers(smollm2: Model) -> None:
         )
         expected = [t for t in whole[0, len(ids) :].tolist() if t not in smollm2.eos_ids]
         assert found[i] == expected
+
+
+@pytest.mark.parametrize("kind", ["token", "lora", "model"])
+def test_guided_decoding_equals_the_naive_procedure(smollm2: Model, kind: str, tmp_path: Path) -> None:
+    if kind == "token":
+        vectors = 100 * torch.randn(1, smollm2.hidden_size, generator=torch.Generator().manual_seed(0))
+        expert = token_expert(SoftToken.of(smollm2, vectors, "assistant"), smollm2)
+    elif kind == "lora":
+        pytest.importorskip("peft")
+        expert = load_expert(f"lora:{adapter(smollm2, tmp_path, 0.05)}", tt.load("smollm2-135m"))
+    else:
+        expert = model_expert(relative(smollm2, 0.1), smollm2)
+    alphas = (0.9, 0.5, 0.9)
+    with torch.inference_mode():
+        expected = [naive_guided(smollm2, expert, c, a, limit=10) for c, a in zip(CHATS, alphas, strict=True)]
+        found = guided(smollm2, expert, CHATS, alphas=alphas, max_new_tokens=10, batch_size=3, draft=Draft(3))
+    assert [(row.ids, [step.spike for step in row.trace]) for row in found] == expected
+    assert any(any(fired) for _, fired in expected)
 
 
 def test_a_short_training_run_moves_harmful_above_benign(smollm2: Model, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ GUIDANCE: dict[str, Any] = {
     "expert": Annotated[
         str | None, typer.Option(metavar="REF", help="token:RUN, lora:DIR or model:ID, heard when the neuron fires")
     ],
-    "neuron": Annotated[str | None, typer.Option(help="lif, paper, ema, always, never or random:P [lif]")],
+    "neuron": Annotated[str | None, typer.Option(help="lif, paper, primed, ema, always, never or random:P [lif]")],
     "threshold": Annotated[float | None, typer.Option(help="membrane potential at which the neuron fires [1]")],
     "divergence": Annotated[str | None, typer.Option(help="of base and expert: tv, js, kl or cosine [tv]")],
     "risk": Annotated[

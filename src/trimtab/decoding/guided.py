@@ -34,7 +34,7 @@ class Guidance:
         self.neuron, self.sampling = neuron, sampling
         self._place = {index: place for place, index in enumerate(alphas)}
         self._alphas = torch.tensor(list(alphas.values()), device=device)
-        self._potentials = torch.zeros(len(alphas), device=device)
+        self._potentials = torch.full((len(alphas),), neuron.start, device=device)
 
     def __call__(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
         scores = penalised(logits, [(*row.prompt, *row.ids) for row in rows], self.sampling.repetition_penalty)

@@ -21,17 +21,19 @@ from trimtab.errors import ConfigError
 from trimtab.neuron.mix import DIVERGENCES, Divergence
 
 Kind = Literal["lif", "ema", "always", "never", "random"]
-KINDS = "lif, paper, ema, always, never or random:P"
+KINDS = "lif, paper, primed, ema, always, never or random:P"
 
 
 @dataclass(frozen=True)
 class Neuron:
-    """Settings of the gate; its state, the membrane potential `[B]`, is the caller's and starts at 0 for every reply.
+    """Settings of the gate; its state, the membrane potential `[B]`, is the caller's and begins at `start` for every reply.
 
     Attributes:
         kind: `lif`, or an ablation.
         tau: time constant in tokens; the potential decays by 1/tau a token.
         threshold: potential at which the unit fires.
+        start: potential before the first token. Total variation is at most 1, so from 0 the first token is always the base's own, and a refusal can
+            only begin after it; from 0.6 (`primed`, ours) a divergence of 0.475 fires at once.
         keep: share of the potential that a spike leaves (0.6: soft reset as in the published code; 0: hard reset).
         rate: chance of a spike at each token, for `random`.
         divergence: what is integrated, see `mix.DIVERGENCES`.
@@ -40,6 +42,7 @@ class Neuron:
     kind: Kind = "lif"
     tau: float = 8.0
     threshold: float = 1.0
+    start: float = 0.0
     keep: float = 0.6
     rate: float = 0.0
     divergence: Divergence = "tv"
@@ -48,6 +51,7 @@ class Neuron:
         checks = (
             (self.tau >= 1, f"tau must be at least 1 token (given: {self.tau:g})"),
             (self.threshold > 0, f"threshold must be above 0 (given: {self.threshold:g})"),
+            (self.start >= 0, f"start must be at least 0 (given: {self.start:g})"),
             (0 <= self.keep < 1, f"keep must be in [0, 1) (given: {self.keep:g})"),
             (0 <= self.rate <= 1, f"the rate of a random neuron must be in [0, 1] (given: {self.rate:g})"),
             (self.divergence in DIVERGENCES, f"unknown divergence {self.divergence!r}"),
@@ -57,7 +61,7 @@ class Neuron:
 
     @classmethod
     def named(cls, name: str) -> Neuron:
-        """A preset: `lif` (the published code), `paper` (hard reset), `ema`, `always`, `never`, or `random:P`.
+        """A preset: `lif` (the published code), `paper` (hard reset), `primed` (may fire at the first token), `ema`, `always`, `never`, or `random:P`.
 
         Raises:
             ConfigError: another name, or a P that is no probability.
@@ -71,6 +75,7 @@ class Neuron:
         presets = {
             "lif": cls(),
             "paper": cls(keep=0.0),
+            "primed": cls(start=0.6),
             "ema": cls(kind="ema", tau=2.0, threshold=0.5),
             "always": cls(kind="always"),
             "never": cls(kind="never"),

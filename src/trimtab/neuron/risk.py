@@ -17,23 +17,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from math import isnan, nan, tanh
+from math import isnan, nan
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trimtab.chat import Message, as_messages, render, reply_ids
-from trimtab.decoding.engine import Ids, Row, by_length, forward, generate_ids, read
+from trimtab.decoding.engine import Ids, Row, by_length, decode, forward, generate_ids, read
 from trimtab.errors import ChatError, ConfigError, nearest
 from trimtab.models import Model, load
 from trimtab.neuron.expert import Expert
 from trimtab.neuron.rating import UNREAD, Rating, number, read_rating
-from trimtab.refusal import log_odds
+from trimtab.refusal import is_refusal, opening_log_odds
 
 MIN_MASS = 0.05  # less probability than this on the words asked for is no answer
 MAX_NEW_TOKENS = 64
 BATCH = 16
+BEGINNING = 5  # tokens, enough to see a refusal begin
 
 
 class Rater(Protocol):
@@ -128,7 +129,11 @@ class GuardRating:
 
 @dataclass(frozen=True)
 class ExpertRating:
-    """How likely the expert is to open its reply with a refusal, times 10. Nothing is asked, so nothing can be talked round but the expert."""
+    """What the expert would do. Nothing is asked, so nothing can be talked round but the expert.
+
+    With P the probability that it opens its reply as a refusal: 7 + 3 P where its greedy reply does begin as one, else 4 P. Which of the two is
+    decided by the words, since a refusal at 30 % is what greedy decoding says where all else is spread thin.
+    """
 
     expert: Expert
 
@@ -136,15 +141,22 @@ class ExpertRating:
         """What makes the expert, not the networks: stored replies are keyed by it."""
         return f"ExpertRating({self.expert.identity})"
 
+    @torch.inference_mode()
     def rate(self, model: Model, chats: Sequence[Sequence[Message]]) -> list[Rating]:
-        prompts = [self.expert.render(chat) for chat in chats]
-        ratings = [UNREAD] * len(prompts)
-        fit = [i for i, prompt in enumerate(prompts) if Row(i, limit=1).fits(self.expert.model, len(prompt.ids))]
-        with self.expert.speaking():
-            scores = log_odds(self.expert.model, [prompts[i] for i in fit], batch_size=BATCH)
-        for i, score in zip(fit, scores, strict=True):
-            if not isnan(score):
-                ratings[i] = Rating(5 + 5 * tanh(score / 2))  # ten times the logistic function, which would overflow
+        speaker = self.expert.model
+        rows = [Row(i, BEGINNING, self.expert.render(chat).ids) for i, chat in enumerate(chats)]
+        fit = [row for row in rows if row.fits(speaker, len(row.prompt))]
+        ratings = [UNREAD] * len(rows)
+        for places in by_length([len(row.prompt) for row in fit], BATCH):
+            batch = [fit[place] for place in places]
+            with self.expert.speaking():
+                past, tails = read(speaker, [row.prompt for row in batch])
+                chances = opening_log_odds(speaker, tails, past.fork()).sigmoid().tolist()
+                decode(speaker, tails, past, batch, vectors=self.expert.vectors)
+            for row, p in zip(batch, chances, strict=True):
+                words = speaker.tokenizer.decode(row.ids, skip_special_tokens=True)
+                if not isnan(p) and row.stop != "error":
+                    ratings[row.index] = Rating(7 + 3 * p if is_refusal(words) else 4 * p)
         return ratings
 
 

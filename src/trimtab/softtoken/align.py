@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from trimtab.chat import POSITIONS, Position, render
 from trimtab.config import AlignSettings, settle
 from trimtab.errors import ChatError
 from trimtab.models import Model, describe_machine
-from trimtab.prompts.filter import filter_samples, funnel
+from trimtab.prompts.filter import Rule, filter_samples, funnel
 from trimtab.prompts.records import Record, Sample, stratified
 from trimtab.prompts.sources import require_both_labels, split_records
 from trimtab.run import Cost, claim, console, create, digest, environment, progress, write_json
@@ -26,12 +27,54 @@ VALIDATION_PROMPTS = 300  # at most; every look decodes the beginnings of that m
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What training starts from, the same for every place, size and objective of a token.
+
+    Attributes:
+        base: the training prompts, read by the untouched model. held: the validation prompts. samples: what hard weighting kept, with targets.
+        rules: what each of its rules dropped.
+    """
+
+    base: Examples
+    held: Examples
+    samples: list[Sample]
+    rules: list[Rule]
+
+
+def prepare(model: Model, records: Sequence[Record], settings: AlignSettings) -> Prepared:
+    """Read the prompts, find out what the frozen model makes of them, and filter.
+
+    Raises:
+        DataError: labels of one class only, or no validation prompts. FilterError: nothing left to train on.
+    """
+    records = split_records(records)
+    parts = {s: [r for r in records if r.split == s] for s in ("train", "validation")}
+    for name, part in parts.items():
+        require_both_labels(part, f"the {name} split of the data")
+    base = Examples(model, stratified(parts["train"], settings.limit, settings.seed), "reading prompts")
+    held = Examples(model, stratified(parts["validation"], VALIDATION_PROMPTS), "reading validation prompts")
+    # One token more than is used: an answer that goes on is not taught to end where it was cut.
+    n_tokens = max(10, settings.reply_tokens + 1) + (MAX_PREFIX if settings.goal == "refuse" else 0)
+    samples, rules = filter_samples(
+        collect(model, base, n_tokens=n_tokens, refusal=settings.refusal),
+        margin=settings.margin,
+        retention=settings.retention,
+        avoid=[r.text for r in records if r.split in ("validation", "test")],
+        seed=settings.seed,
+    )
+    dropped = ", ".join(f"{r.name} {r.dropped.total()}" for r in rules)
+    console.print(f"hard weighting: {len(base.records)} prompts, {len(samples)} kept (dropped by {dropped})")
+    return Prepared(base, held, samples, rules)
+
+
 def align(
     model: Model,
     records: Sequence[Record],
     *,
     out: str | Path | None = None,
     settings: AlignSettings | None = None,
+    prepared: Prepared | None = None,
     **options: Any,
 ) -> SoftToken:
     """Train one soft token (or a few) so that harmful requests are refused and benign ones answered; the model is frozen.
@@ -41,20 +84,15 @@ def align(
         records: labelled requests; their `train` and `validation` splits are used, never `test`.
         out: run folder for checkpoints and manifest; a run that was killed goes on from there.
         settings: see `AlignSettings`; single fields may be given as keyword `options` instead.
+        prepared: from `prepare` with the same model and records, to train on several times.
 
     Raises:
         DataError: labels of one class only, or no validation prompts. FilterError: nothing left to train on.
         RunError: the folder belongs to another run. NoEffectError: the trained token changes nothing.
     """
     settings = settings or settle(AlignSettings, options)
-    records = split_records(records)
-    parts = {s: [r for r in records if r.split == s] for s in ("train", "validation")}
-    for name, part in parts.items():
-        require_both_labels(part, f"the {name} split of the data")
-    parts["train"] = stratified(parts["train"], settings.limit, settings.seed)
-    parts["validation"] = stratified(parts["validation"], VALIDATION_PROMPTS)
     folder = create(Path(out)) if out else None
-    key = digest(settings.model_dump(), model.fingerprint, [r.model_dump() for r in records])
+    key = digest(settings.model_dump(), model.fingerprint, [r.model_dump() for r in split_records(records)])
     if folder:
         claim(folder, key)
         if (folder / "manifest.json").exists():
@@ -62,17 +100,15 @@ def align(
             return SoftToken.load(folder, model)
 
     cost = Cost()
-    base = Examples(model, parts["train"], "reading prompts")
-    held = Examples(model, parts["validation"], "reading validation prompts")
-    # One token more than is used: an answer that goes on is not taught to end where it was cut.
-    n_tokens = max(10, settings.reply_tokens + 1) + (MAX_PREFIX if settings.goal == "refuse" else 0)
-    samples = collect(model, base, n_tokens=n_tokens, refusal=settings.refusal)
-    kept = _filter(samples, records, settings, folder)
+    prepared = prepared or prepare(model, records, settings)
+    base, held, kept = prepared.base, prepared.held, prepared.samples
+    if folder:
+        write_json(folder / "filter.json", funnel(prepared.rules))
     position, radius, pilots = _place(model, kept, base, held, settings)
     settings = settings.model_copy(update={"position": position, "radius": radius})
     data = TrainingSet(model, kept, base, settings, position)
     validation = _with_slot(model, held, settings, position)
-    prepared = cost.record("")["seconds"]
+    preparing = cost.record("")["seconds"]
 
     trainer = Trainer(model, data, validation, settings, folder)
     if trainer.resume():
@@ -81,7 +117,7 @@ def align(
         advance(trainer.step)
         trainer.run(advance)
     trainer.calibrate()
-    trained = round(cost.record("")["seconds"] - prepared, 2)
+    trained = round(cost.record("")["seconds"] - preparing, 2)
     token = SoftToken.of(model, trainer.best, position)
     shift = effect(model, token)
     result = {
@@ -95,7 +131,7 @@ def align(
         },
         "data": {
             "train": dict(Counter(s.record.group for s in kept)),
-            "validation": dict(Counter(r.group for r in parts["validation"])),
+            "validation": dict(Counter(r.group for r in held.records)),
             "refusal": Counter(s.target for s in kept if s.record.label == "harmful").most_common(1)[0][0],
         },
         "validation": {
@@ -106,7 +142,7 @@ def align(
         "pilots": pilots,
         "cost": {
             **cost.record(describe_machine(model.device)),
-            "prepare_seconds": prepared,
+            "prepare_seconds": preparing,
             "train_seconds": trained,
         },
         "environment": environment(),
@@ -123,20 +159,6 @@ def _with_slot(model: Model, held: Examples, settings: AlignSettings, position: 
     """The validation requests with the slot in place."""
     title = "reading validation prompts"
     return Examples(model, held.records, title, position=position, n_tokens=settings.tokens, base=held)
-
-
-def _filter(
-    samples: Sequence[Sample], records: Sequence[Record], settings: AlignSettings, folder: Path | None
-) -> list[Sample]:
-    avoid = [r.text for r in records if r.split in ("validation", "test")]
-    kept, rules = filter_samples(
-        samples, margin=settings.margin, retention=settings.retention, avoid=avoid, seed=settings.seed
-    )
-    if folder:
-        write_json(folder / "filter.json", funnel(rules))
-    dropped = ", ".join(f"{r.name} {r.dropped.total()}" for r in rules)
-    console.print(f"hard weighting: {len(samples)} prompts, {len(kept)} kept (dropped by {dropped})")
-    return kept
 
 
 def _place(
