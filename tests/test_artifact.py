@@ -136,9 +136,7 @@ def test_a_file_with_the_right_hash_but_no_vectors(saved: Path, tensors: dict[st
 @pytest.mark.parametrize("name", ["token.json", "token.safetensors"])
 def test_a_missing_file(saved: Path, name: str) -> None:
     (saved / name).unlink()
-    with pytest.raises(
-        ArtefactError, match=rf"holds no token: (.|\n)*{name}(.|\n)*Give the folder of a finished align run"
-    ):
+    with pytest.raises(ArtefactError, match=rf"{name}(.|\n)*Give the folder of a finished run"):
         SoftToken.load(saved)
 
 

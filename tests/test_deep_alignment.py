@@ -492,7 +492,7 @@ def test_a_damaged_or_edited_adapter_is_refused(model: Model, tmp_path: Path) ->
     refused(identity, b"{", "holds no expert")
     assert fields["seal"] == digest({k: v for k, v in fields.items() if k != "seal"})
     tensors.unlink()
-    with pytest.raises(ArtefactError, match="holds no expert"):
+    with pytest.raises(ArtefactError, match="cannot be read"):
         load_adapter(folder, model)
     tensors.write_bytes(whole[tensors])
     load_adapter(tmp_path / "run", model)  # the run folder above it will do

@@ -17,58 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as save_tensors
 from torch import nn
 
 from trimtab.chat import template_hash
-from trimtab.errors import ArtefactError, ModelError, RunError, UsageError
+from trimtab.errors import ModelError, UsageError
+from trimtab.identity import FORMAT, Identity, read_whole
 from trimtab.models import Model
-from trimtab.run import create, digest, read_json, write, write_json
+from trimtab.run import create, write, write_json
 
-FORMAT = 1
 WEIGHTS, CONFIG, IDENTITY = "adapter_model.safetensors", "adapter_config.json", "expert.json"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # PEFT's word for no adapter, and ours for this one.
 BASE, EXPERT = "__base__", "expert"
 
 
-class ExpertIdentity(BaseModel):
-    """What an adapter was trained for; fingerprint and template must match where it is used."""
+class ExpertIdentity(Identity):
+    """What an adapter was trained for, and its files."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: int
-    model: str
-    origin: dict[str, str]
-    fingerprint: str
-    template_hash: str
+    WHAT = "expert"
     sha256: str
     """Of `adapter_model.safetensors`."""
     config_sha256: str
     """Of `adapter_config.json`: an edited scale would make the expert louder, unnoticed."""
-    seal: str = ""
-
-    def sealed(self) -> str:
-        """Digest of every other field."""
-        return digest(self.model_dump(exclude={"seal"}))
-
-    def check(self, model: Model) -> None:
-        """Raises ArtefactError where `model` is not the one the adapter was trained on, saying what differs."""
-        pairs = {
-            "weights (fingerprint)": (self.fingerprint, model.fingerprint),
-            "chat template (hash)": (self.template_hash, template_hash(model)),
-        }
-        differs = [
-            f"{what}: trained on {theirs}, this model has {ours}"
-            for what, (theirs, ours) in pairs.items()
-            if theirs != ours
-        ]
-        if differs:
-            raise ArtefactError(
-                f"this expert was trained on {self.model}, not on {model.name}.\n    " + "\n    ".join(differs),
-                f"Load {self.model}, or train an expert for {model.name}.",
-            )
 
 
 def load_peft() -> Any:
@@ -135,7 +106,7 @@ def save_adapter(expert: Model, folder: Path) -> None:
         sha256=hashlib.sha256(data).hexdigest(),
         config_sha256=hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest(),
     )
-    write_json(folder / IDENTITY, {**made_for.model_dump(), "seal": made_for.sealed()})
+    made_for.write(folder / IDENTITY)
 
 
 def load_adapter(folder: Path, model: Model) -> Model:
@@ -213,31 +184,9 @@ def identity(folder: Path) -> ExpertIdentity:
         ArtefactError: it is not one, and why.
     """
     path = _adapter_folder(folder)
-    try:
-        found = ExpertIdentity(**read_json(path / IDENTITY))
-        files = {name: (path / name).read_bytes() for name in (WEIGHTS, CONFIG)}
-    except (RunError, OSError) as error:
-        message = error.args[0] if isinstance(error, RunError) else str(error)
-        raise ArtefactError(f"{path} holds no expert: {message}", "Give the folder of a finished expert run.") from None
-    except (ValidationError, TypeError) as error:
-        raise ArtefactError(f"{path / IDENTITY} is damaged: {error}", "Train the expert again.") from None
-    if found.format != FORMAT:
-        raise ArtefactError(
-            f"{path / IDENTITY} has format {found.format}, this trimtab reads format {FORMAT}.",
-            "Use the version of trimtab that wrote it.",
-        )
-    if found.seal != found.sealed():
-        raise ArtefactError(
-            f"{path / IDENTITY} was edited: its fields do not match their seal.", "Train the expert again."
-        )
-    for name, expected in ((WEIGHTS, found.sha256), (CONFIG, found.config_sha256)):
-        actual = hashlib.sha256(files[name]).hexdigest()
-        if actual != expected:
-            raise ArtefactError(
-                f"{path / name} is not the file that was saved: sha256 {actual[:12]}..., "
-                f"expected {expected[:12]}... ({len(files[name])} bytes).",
-                "It was truncated or edited; copy it again.",
-            )
+    found = ExpertIdentity.read(path / IDENTITY)
+    for name, sha256 in ((WEIGHTS, found.sha256), (CONFIG, found.config_sha256)):
+        read_whole(path / name, sha256)
     return found
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -21,38 +20,27 @@ from torch import Tensor
 
 from trimtab.chat import Message, Position, Prompt, render, template_hash
 from trimtab.decoding.engine import Past, forward
-from trimtab.errors import ArtefactError, NoEffectError, RunError
+from trimtab.errors import ArtefactError, NoEffectError
+from trimtab.identity import FORMAT, Identity, read_whole
 from trimtab.models import Model, slot
-from trimtab.run import create, digest, read_json, write, write_json
+from trimtab.run import create, write
 
-FORMAT = 1
 # Harmless words whose next-token distribution shows whether a token is heard at all.
 PROBES = ("What can you do for me?", "Tell me about yourself.", "How do I do this?")
 # KL in nats below which two float32 computations of one model count as the same.
 NO_EFFECT = 1e-5
 
 
-class Identity(BaseModel):
-    """What a token was trained for; all of it must match where the token is used."""
+class TokenIdentity(Identity):
+    """What a token was trained for, and where it goes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: int
-    model: str
-    origin: dict[str, str]
-    fingerprint: str
-    template_hash: str
+    WHAT = "token"
     template_args: dict[str, Any]
     position: Position
     n_tokens: int
     hidden_size: int
     dtype: str
     sha256: str
-    seal: str = ""
-
-    def sealed(self) -> str:
-        """Digest of every other field: an edited position or template would put the token elsewhere, unnoticed."""
-        return digest(self.model_dump(exclude={"seal"}))
 
 
 @dataclass(frozen=True)
@@ -94,6 +82,21 @@ class SoftToken:
         """Hash of the saved tensor: the token's identity."""
         return hashlib.sha256(save_tensors({"vectors": self.vectors.contiguous()})).hexdigest()
 
+    def identity(self) -> TokenIdentity:
+        return TokenIdentity(
+            format=FORMAT,
+            model=self.model,
+            origin=self.origin,
+            fingerprint=self.fingerprint,
+            template_hash=self.template_hash,
+            template_args=self.template_args,
+            position=self.position,
+            n_tokens=len(self.vectors),
+            hidden_size=self.vectors.shape[1],
+            dtype=self.dtype,
+            sha256=self.sha256(),
+        )
+
     def render(self, model: Model, messages: str | Sequence[Message], *, prefill: str = "") -> Prompt:
         """Ids of a conversation with this token in its place."""
         return render(
@@ -108,22 +111,8 @@ class SoftToken:
     def save(self, folder: str | Path) -> Path:
         """Write the artefact; the JSON last, so that a folder with a JSON is whole."""
         path = create(Path(folder))
-        data = save_tensors({"vectors": self.vectors.contiguous()})
-        identity = Identity(
-            format=FORMAT,
-            model=self.model,
-            origin=self.origin,
-            fingerprint=self.fingerprint,
-            template_hash=self.template_hash,
-            template_args=self.template_args,
-            position=self.position,
-            n_tokens=len(self.vectors),
-            hidden_size=self.vectors.shape[1],
-            dtype=self.dtype,
-            sha256=hashlib.sha256(data).hexdigest(),
-        )
-        write(path / "token.safetensors", data)
-        write_json(path / "token.json", {**identity.model_dump(), "seal": identity.sealed()})
+        write(path / "token.safetensors", save_tensors({"vectors": self.vectors.contiguous()}))
+        self.identity().write(path / "token.json")
         return path
 
     @classmethod
@@ -136,32 +125,8 @@ class SoftToken:
         path = Path(folder)
         if (path / "token" / "token.json").is_file():
             path = path / "token"
-        try:
-            identity = Identity(**read_json(path / "token.json"))
-            data = (path / "token.safetensors").read_bytes()
-        except (RunError, OSError) as error:
-            message = error.args[0] if isinstance(error, RunError) else str(error)
-            raise ArtefactError(
-                f"{folder} holds no token: {message}", "Give the folder of a finished align run."
-            ) from None
-        except (ValidationError, TypeError) as error:
-            raise ArtefactError(f"{path / 'token.json'} is damaged: {error}", "Train the token again.") from None
-        if identity.format != FORMAT:
-            raise ArtefactError(
-                f"{path / 'token.json'} has format {identity.format}, this trimtab reads format {FORMAT}.",
-                "Use the version of trimtab that wrote it.",
-            )
-        if identity.seal != identity.sealed():
-            raise ArtefactError(
-                f"{path / 'token.json'} was edited: its fields do not match their seal.", "Train the token again."
-            )
-        found = hashlib.sha256(data).hexdigest()
-        if found != identity.sha256:
-            raise ArtefactError(
-                f"{path / 'token.safetensors'} is not the file that was saved: sha256 {found[:12]}..., "
-                f"expected {identity.sha256[:12]}... ({len(data)} bytes).",
-                "It was truncated or edited; copy it again.",
-            )
+        identity = TokenIdentity.read(path / "token.json")
+        data = read_whole(path / "token.safetensors", identity.sha256)
         try:
             vectors = load_tensors(data)["vectors"]
         except (SafetensorError, KeyError) as error:
@@ -187,27 +152,7 @@ class SoftToken:
 
     def check(self, model: Model) -> None:
         """Raises ArtefactError where `model` is not the one this token was trained on, saying what differs."""
-        here = {
-            "hidden size": model.hidden_size,
-            "weights (fingerprint)": model.fingerprint,
-            "chat template (hash)": template_hash(model),
-        }
-        trained = {
-            "hidden size": self.vectors.shape[1],
-            "weights (fingerprint)": self.fingerprint,
-            "chat template (hash)": self.template_hash,
-        }
-        differs = [
-            f"{what}: trained on {trained[what]}, this model has {here[what]}"
-            for what in here
-            if here[what] != trained[what]
-        ]
-        if differs:
-            raise ArtefactError(
-                f"this token was trained on {self.model or 'another model'}, not on {model.name}.\n    "
-                + "\n    ".join(differs),
-                f"Load {self.model}, or train a token for {model.name}." if self.model else "",
-            )
+        self.identity().check(model, hidden_size=(self.vectors.shape[1], model.hidden_size))
 
 
 @torch.inference_mode()
