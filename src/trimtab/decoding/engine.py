@@ -45,6 +45,13 @@ class Past:
         none = torch.zeros(batch, 0, dtype=torch.long, device=device)
         return cls(DynamicCache(), none, torch.zeros(batch, dtype=torch.long, device=device))
 
+    def repeat(self, batch: int) -> Past:
+        """A past of one row as that of a batch; gradients flow back into the one."""
+        cache = DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1), index)
+        return Past(cache, self.mask.expand(batch, -1), self.lengths.expand(batch))
+
     def fork(self) -> Past:
         """A second past that may grow by itself; the tensors are shared, never written to."""
         cache = DynamicCache()
@@ -160,18 +167,15 @@ class Prefixes:
     ) -> None:
         shared = rows[0][: common_length(rows)] if rows else ()
         self.shared = len(shared)
-        self._model = model
-        self._common: list[tuple[Tensor, Tensor]] = []
+        self._common = Past.empty(1, model.device)
         self._own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in rows]
         self.lengths = [len(row) for row in rows]
         if shared:
-            past = Past.empty(1, model.device)
-            forward(model, [shared], past, 1)
-            self._common = _layers(past.cache)
+            forward(model, [shared], self._common, 1)
         for chunk in by_length([length - self.shared for length in self.lengths], batch_size):
             own = [rows[i][self.shared :] for i in chunk]
             if any(own):
-                past = self._shared_past(len(chunk))
+                past = self._common.repeat(len(chunk))
                 forward(model, own, past, 1)
                 layers = _layers(past.cache)
                 for row, i in enumerate(chunk):
@@ -185,7 +189,7 @@ class Prefixes:
 
     def past(self, rows: Sequence[int]) -> Past:
         """A fresh `Past` holding these rows, which the caller may extend."""
-        past = self._shared_past(len(rows))
+        past = self._common.repeat(len(rows))
         own = [self.lengths[i] - self.shared for i in rows]
         width = max(own, default=0)
         if width == 0:
@@ -203,14 +207,6 @@ class Prefixes:
             past.cache.update(keys, values, layer)
         past.mask = torch.cat([past.mask, mask.to(past.mask.device)], dim=1)
         past.lengths = past.lengths + past.mask[:, self.shared :].sum(1)
-        return past
-
-    def _shared_past(self, batch: int) -> Past:
-        past = Past.empty(batch, self._model.device)
-        for layer, (keys, values) in enumerate(self._common):
-            past.cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), layer)
-        past.mask = torch.ones(batch, self.shared, dtype=torch.long, device=self._model.device)
-        past.lengths = torch.full((batch,), self.shared, dtype=torch.long, device=self._model.device)
         return past
 
 

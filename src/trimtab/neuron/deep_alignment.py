@@ -29,7 +29,7 @@ from torch import Tensor
 
 from trimtab.chat import reply_ids
 from trimtab.config import ExpertSettings, settle
-from trimtab.decoding.engine import Past, Row, by_length, decode, forward
+from trimtab.decoding.engine import Past, Row, by_length, common_length, decode, forward
 from trimtab.errors import NoEffectError, RunError
 from trimtab.models import Model, describe_machine
 from trimtab.neuron.lora import attached, lora_config, save_adapter
@@ -213,8 +213,13 @@ def batch_loss(expert: Model, data: TrainingSet, rows: Sequence[int], step: int)
     In nats, summed over each reply; the loss is the equation at the top.
     """
     tasks, k = [data.task(i, step) for i in rows], data.length
-    tails = [read + padded(reply, k)[:-1] for read, reply in tasks]
-    logits = forward(expert, tails, Past.empty(len(rows), expert.device), k)
+    # What all prompts begin with is read once a step, not once a row.
+    shared = min(common_length([read for read, _ in tasks]), min(len(read) for read, _ in tasks) - 1)
+    past = Past.empty(1, expert.device)
+    if shared:
+        forward(expert, [tasks[0][0][:shared]], past, 1)
+    tails = [read[shared:] + padded(reply, k)[:-1] for read, reply in tasks]
+    logits = forward(expert, tails, past.repeat(len(rows)), k)
     targets = torch.tensor([padded(reply, k) for _, reply in tasks], device=logits.device)
     ends = torch.tensor([len(reply) for _, reply in tasks], device=logits.device)
     mask = (torch.arange(k, device=logits.device) < ends.unsqueeze(1)).float()
