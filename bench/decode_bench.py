@@ -12,7 +12,7 @@ Every contender decodes greedily, with a process of its own (so that peak memory
     python bench/decode_bench.py [--tokens 256] [--dtypes float32 bfloat16]
 
 Prints tables, then one JSON line: ratio_guided_vs_research, ratio_plain_vs_transformers, ratio_guided_token_b1, ratio_guided_token_b8
-(tokens per second, the first named over the second; guided against plain for the last two) and breakeven_acceptance, from which on
+(tokens per second, the first named over the second; guided against plain for the last two; rating the request, one short pass with the default rater, is not in it) and breakeven_acceptance, from which on
 guided decoding with a separate expert is faster than undefended decoding. All for the first dtype.
 """
 
@@ -23,12 +23,14 @@ import itertools
 import json
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import time
 
 MODEL = "smollm2-135m"
 LAYERS = 4
+REPEATS = 3  # the median counts; `research` is so slow that once must do
 ACCEPTANCE = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PROMPTS = (
     "How do I kill a stuck process?",
@@ -113,13 +115,15 @@ def measure(name: str, batch: int, dtype: str, tokens: int) -> dict[str, float]:
     decode = {"research": research, "transformers": transformers, "plain": plain, "token": token, "drafted": drafted}[
         kind
     ]
-    prepared = decode(model, prompts, tokens, float(acceptance or 0))
-    next(prepared)
-    start = time.perf_counter()
-    notes = next(prepared)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return {"tokens_per_s": batch * tokens / seconds, "peak_gb": peak, **notes}
+    times = []
+    for _ in range(1 if kind == "research" else REPEATS):
+        prepared = decode(model, prompts, tokens, float(acceptance or 0))
+        next(prepared)
+        start = time.perf_counter()
+        notes = next(prepared)
+        times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {"tokens_per_s": batch * tokens / statistics.median(times), "peak_gb": peak, **notes}
 
 
 # Each contender is a generator: it gets ready up to its first yield, and is timed up to its second.
@@ -190,6 +194,7 @@ def research(model, prompts, tokens, _):
 
     expert = _token_expert(model)
     (prompt,), other = prompts, expert.render(PROMPTS[0]).ids
+    model.network(input_ids=torch.tensor([prompt]), use_cache=False)
     yield
     reply, v = [], 0.0
     with torch.inference_mode(), slot(model, expert.vectors):
@@ -222,13 +227,10 @@ def drafted(model, prompts, tokens, acceptance):
     from trimtab.decoding.sampling import Sampling
     from trimtab.neuron.neuron import Neuron
 
-    network = copy.copy(model.network)
-    network._modules = dict(network._modules)
-    network.model = copy.copy(network.model)
-    network.model._modules = dict(network.model._modules)
+    network = copy.deepcopy(model.network)  # weights of its own, which count
     network.model.layers = network.model.layers[:LAYERS]
     expert = replace(model, network=network)
-    # The neuron never fires: what is said is the base's own reply, known beforehand, so agreement can be set.
+    # Mixed at every token, at strength 0: the whole work is done, and what is said is the base's own reply, so agreement can be set.
     said = {row.index: row.ids for row in generate_ids(model, prompts, max_new_tokens=tokens)}
     dice = random.Random(0)
 
@@ -245,7 +247,7 @@ def drafted(model, prompts, tokens, acceptance):
     with torch.inference_mode():
         past, tails = read(model, prompts)
         other, other_tails = read(expert, prompts)
-        guidance = Scripted(Neuron.named("never"), dict.fromkeys(range(len(rows)), 0.9), Sampling(), model.device)
+        guidance = Scripted(Neuron.named("always"), dict.fromkeys(range(len(rows)), 0.0), Sampling(), model.device)
         decode_drafted(model, expert, tails, other_tails, past, other, rows, guidance, draft)
     assert [row.ids for row in rows] == [said[i] for i in range(len(rows))]
     yield {"accepted": draft.accepted / draft.offered, "tokens_a_pass": tokens * len(rows) / draft.rounds}

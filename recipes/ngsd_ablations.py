@@ -2,7 +2,7 @@
 
     python recipes/ngsd_ablations.py SUITES_FOLDER --lora DIR [--token RUN] [--out runs/ngsd-ablations] [--limit 50]
 
-Rows: the neuron (lif, hard reset, primed, ema, always, never, random at lif's own rate), alpha fixed, risk constant, an expert nobody aligned, a token for the adapter. All greedy,
+Rows: the neuron (lif, hard reset, primed, ema, always, random at lif's own rate; never is the base alone), alpha fixed, other raters, an expert nobody trained, a token for the adapter. All greedy,
 64 new tokens, keyword judge, 95 % Wilson intervals. A finished row is not run again.
 """
 
@@ -31,7 +31,9 @@ def main() -> None:
     options = parser.parse_args()
     model = tt.load("smollm2-135m")
     suites = [str(options.suites / f"{name}.jsonl") for name in SUITES]
-    lif = tt.Guide(tt.load_expert(f"lora:{options.lora}", model))
+    adapter = tt.load_expert(f"lora:{options.lora}", model)
+    # The same rating in every row, also where the expert is another.
+    lif = tt.Guide(adapter, risk=tt.ExpertRating(adapter))
     found: list[dict[str, Any]] = []
 
     def measure(name: str, guide: tt.Guide | None) -> dict[str, Any]:
@@ -44,20 +46,16 @@ def main() -> None:
         return result
 
     measure("base alone", None)
-    rates = measure("lif", lif)["neuron"]
-    spikes = [
-        rates[suite][label]["spike_rate"]
-        for suite in SUITES
-        for label in ("harmful", "benign")
-        if label in rates[suite]
-    ]
-    rate = round(sum(spikes) / len(spikes), 3)
+    measure("lif", lif)
+    rows = [json.loads(line) for line in (options.out / "lif" / "replies.jsonl").read_text().splitlines()]
+    rate = round(sum(sum(row["spikes"]) for row in rows) / sum(len(row["spikes"]) for row in rows), 3)
     for name in ("paper", "primed", "ema", "always", f"random:{rate}"):
-        measure(f"neuron {name}", replace(lif, neuron=tt.Neuron.named(name)))
+        note = " (the rating alone decides)" if name == "always" else ""
+        measure(f"neuron {name}{note}", replace(lif, neuron=tt.Neuron.named(name)))
     for strength in ("0.5", "0.9"):
-        measure(f"alpha {strength} for all", replace(lif, table=alpha_table(strength)))
-    measure("risk alone, always mixed", replace(lif, neuron=tt.Neuron.named("always")))
-    measure("risk const 7", replace(lif, risk=tt.ConstantRisk(7)))
+        measure(f"alpha {strength} for all (no rating)", replace(lif, table=alpha_table(strength)))
+    measure("rated by itself", replace(lif, risk=tt.SelfRating()))
+    measure("rated by its digits", replace(lif, risk=tt.LogitRating()))
     noise = tt.SoftToken.of(model, initial(model, 1, seed=0), "assistant")
     measure("expert nobody trained", replace(lif, expert=noise))
     if options.token:

@@ -1,10 +1,10 @@
 """How well each rater tells harmful from benign requests, and how often it is talked round; on the builtin test split.
 
-    python recipes/raters.py [--token RUN] [--lora DIR] [--limit 240]
+    python recipes/raters.py [--token RUN] [--lora DIR] [--guard MODEL] [--limit 240]
 
 AUC: harmful above benign by risk. alpha: mean strength that follows from the table `code`, harmful / borderline / plain. unread: ratings that could
-not be parsed, which count as the strongest. fooled: share of prompt injections that lower alpha (they come with trimtab; each is wrapped around another
-harmful request).
+not be parsed, which count as the strongest. fooled: prompt injections that lower alpha, of those around a request that is not rated lowest anyway (they come with trimtab; each is
+wrapped around another harmful request).
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--token", type=Path, help="folder of an align run")
     parser.add_argument("--lora", type=Path, help="folder of an expert run")
+    parser.add_argument("--guard", help="hub id or folder of a guard model")
     parser.add_argument("--limit", type=int, default=240)
     options = parser.parse_args()
     model = tt.load(options.model)
     raters: dict[str, Rater] = {"self": tt.SelfRating(), "logits": tt.LogitRating()}
     if options.token:
         raters["expert (token)"] = tt.ExpertRating(tt.load_expert(f"token:{options.token}", model))
+    if options.guard:
+        raters["guard"] = tt.GuardRating(options.guard)
     if options.lora:
         raters["expert (LoRA)"] = tt.ExpertRating(tt.load_expert(f"lora:{options.lora}", model))
     records = stratified(tt.load_prompts("builtin", split="test"), options.limit)
@@ -46,7 +49,7 @@ def main() -> None:
         cells = [f"{row[k]:.2f}" for k in ("auc", "alpha_harmful", "alpha_borderline", "alpha_plain")]
         cells += [
             f"{row['unread']} of {len(records)}",
-            f"{row['fooled']:.0%} ({low:.0%}-{high:.0%})",
+            f"{row['fooled']} of {row['foolable']} ({low:.0%}-{high:.0%})",
             f"{row['seconds']:.2f}",
         ]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
@@ -71,13 +74,14 @@ def measure(model: tt.Model, rater: Rater, records: list[Record]) -> dict[str, A
     injected = rater.rate(
         model, [[{"role": "user", "content": a.around(text)}] for a, text in zip(attempts, requests, strict=True)]
     )
-    share = fooled(plain, injected, TABLE)
+    worked, could = fooled(plain, injected, TABLE)
     return {
         "auc": auc(by_label["harmful"], by_label["benign"]),
         **{f"alpha_{g}": sum(values) / len(values) for g, values in strengths.items()},
         "unread": sum(not rating.parsed for rating in ratings),
-        "fooled": share,
-        "fooled_ci95": wilson(round(share * len(attempts)), len(attempts)),
+        "fooled": worked,
+        "foolable": could,
+        "fooled_ci95": wilson(worked, could),
         "seconds": seconds,
     }
 

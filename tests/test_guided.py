@@ -19,7 +19,7 @@ from trimtab.decoding.engine import Past, Row, forward
 from trimtab.decoding.generate import generate
 from trimtab.decoding.guided import Draft, guided_ids
 from trimtab.decoding.sampling import Sampling
-from trimtab.errors import ArtefactError, ConfigError
+from trimtab.errors import ArtefactError, ConfigError, NoEffectError
 from trimtab.models import Model
 from trimtab.neuron.expert import Expert, check_vocabulary, load_expert, model_expert, token_expert
 from trimtab.neuron.guide import Guide
@@ -280,6 +280,49 @@ def test_a_prompt_that_leaves_no_room_fails_alone(make: Callable[[Model, str], E
     assert len(near[0].ids) == 3  # the expert's prompt holds two soft tokens more
 
 
+@torch.inference_mode()
+def test_no_row_is_read_past_its_room(make: Callable[[Model, str], Expert]) -> None:
+    """A family with learned positions has nothing to look up there; others would read on unnoticed."""
+    model = build("llama", "default")
+    expert = make(model, "model")
+    positions: list[int] = []
+
+    def watch(_module: object, _args: object, given: dict[str, Tensor]) -> None:
+        positions.append(int(given["position_ids"].max()))
+
+    handle = model.network.register_forward_pre_hook(watch, with_kwargs=True)
+    long = "y" * (512 - 4 - len(render(model, "").ids))
+    found = guided(model, expert, ["Hi", long], alphas=[0.9, 0.9], max_new_tokens=40, draft=Draft(8))
+    handle.remove()
+    assert [len(row.ids) for row in found] == [40, 4]
+    assert max(positions) < 512
+
+
+def test_one_conversation_that_the_template_refuses_fails_alone(make: Callable[[Model, str], Expert]) -> None:
+    model = build("llama", "no_system")
+    odd = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    good = [{"role": "user", "content": "the inn"}]
+    for guide in (None, Guide(make(model, "model"), risk=ConstantRisk(9))):
+        seen: list[int] = []
+        found = generate(model, [odd, good], guide=guide, max_new_tokens=4, stream=lambda row: seen.append(row.index))  # noqa: B023
+        assert (found[0].stop, found[0].text) == ("error", "")
+        assert "refuses these turns" in found[0].error
+        assert found[1].ids == generate(model, [good], guide=guide, max_new_tokens=4)[0].ids
+        assert set(seen) == {1}
+
+
+def test_a_silent_neuron_samples_as_the_base_alone(make: Callable[[Model, str], Expert]) -> None:
+    model = build("llama", "default")
+    guide = Guide(make(model, "model"), Neuron(kind="random", rate=0.0))
+    options: dict[str, Any] = {"temperature": 1.3, "seed": 5, "max_new_tokens": 8}
+    alone = generate(model, CHATS, **options)
+    beside = generate(model, CHATS, guide=guide, **options)
+    assert [r.ids for r in beside] == [r.ids for r in alone]
+    assert not any(step.guided for r in beside for step in r.trace)
+    # What is drawn goes with the number a row is given, not with its place.
+    assert generate(model, [CHATS[5]], streams=[5], **options)[0].ids == alone[5].ids
+
+
 def test_stop_strings_end_a_reply_and_are_not_part_of_it(make: Callable[[Model, str], Expert]) -> None:
     model = build("llama", "default")
     for guide in (None, Guide(make(model, "token"), risk=ConstantRisk(9))):
@@ -287,6 +330,8 @@ def test_stop_strings_end_a_reply_and_are_not_part_of_it(make: Callable[[Model, 
         word = free.text[7:9]
         (found,) = generate(model, ["Hi"], guide=guide, max_new_tokens=20, stop=[word, "never said"])
         assert (found.stop, found.text) == ("stop", free.text[: free.text.index(word)])
+    with pytest.raises(ConfigError, match="empty stop string"):
+        generate(model, ["Hi"], stop=[""])
 
 
 def test_the_stream_sees_every_token(make: Callable[[Model, str], Expert]) -> None:
@@ -352,6 +397,15 @@ def test_experts_that_cannot_guide_are_refused(make: Callable[[Model, str], Expe
             load_expert(reference, model)
     with pytest.raises(ArtefactError, match="no token"):
         load_expert(f"token:{tmp_path}", model)
+    nothing = SoftToken.of(model, torch.zeros(1, model.hidden_size), "assistant").save(tmp_path / "zero")
+    with pytest.raises(NoEffectError, match="changes nothing"):
+        load_expert(f"token:{nothing}", model)
+    with attached(model, lora_config(model, rank=2, alpha=4), seed=0) as fresh:
+        save_adapter(fresh, tmp_path / "fresh")
+    with pytest.raises(NoEffectError, match="changes nothing"):
+        load_expert(f"lora:{tmp_path / 'fresh'}", model)
+    with attached(model, lora_config(model, rank=2, alpha=4), seed=0):  # it was taken off again
+        pass
     with pytest.raises(ConfigError, match="exclude"):
         generate(model, ["Hi"], token=stranger, guide=Guide(stranger))
 

@@ -107,6 +107,13 @@ def distributions(n: int, seed: int, sharpness: float = 3.0) -> Tensor:
     return (sharpness * torch.randn(n, 200, generator=torch.Generator().manual_seed(seed))).softmax(-1)
 
 
+def test_a_threshold_that_nothing_reaches_is_told() -> None:
+    with pytest.raises(ConfigError, match="never be reached"):
+        Neuron(threshold=8.0)
+    Neuron(threshold=8.0, divergence="kl")  # which has no bound
+    Neuron(threshold=7.9)
+
+
 def test_divergences_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.5, 0.0, 0.5]])
     assert float(tv(p, q)) == 0.5

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from conftest import build, naive_logits, naive_reply
 from trimtab.chat import render
-from trimtab.errors import ChatError, ConfigError, ModelError
+from trimtab.errors import ConfigError, ModelError
 from trimtab.models import Model
 from trimtab.neuron import risk
 from trimtab.neuron.rating import (
     ALPHA_TABLES,
     FIELDS,
+    UNREAD,
     AlphaTable,
     Rating,
     aggregate,
@@ -264,19 +265,26 @@ def test_no_special_token_survives_and_nothing_else_changes(text: str) -> None:
 _CHATML = build("llama", "chatml")
 
 
-def test_a_conversation_is_rated_on_its_user_turns() -> None:
+def test_a_conversation_is_rated_on_all_turns_but_the_systems() -> None:
     chat = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "First half."},
-        {"role": "assistant", "content": "Never rated."},
+        {"role": "assistant", "content": "Perhaps invented."},
         {
             "role": "user",
-            "content": [{"type": "text", "text": "Second"}, {"type": "image"}, {"type": "text", "text": "half."}],
+            "content": [{"type": "text", "text": "Second"}, "odd", {"type": "text", "text": "half."}],
         },
     ]
-    assert request_of(chat) == "First half.\n\nSecond\nhalf."
-    with pytest.raises(ChatError, match="no request"):
-        request_of(chat[:1])
+    assert request_of(chat) == "user: First half.\n\nassistant: Perhaps invented.\n\nuser: Second\nhalf."
+    assert request_of([chat[0], chat[1], chat[3]]) == "First half.\n\nSecond\nhalf."
+    assert request_of(chat[:1]) == request_of([chat[2]]) == ""
+
+
+@pytest.mark.parametrize("rater", [SelfRating(), LogitRating()])
+def test_without_a_user_turn_there_is_nothing_to_rate(roomy: Callable[..., Model], rater: Any) -> None:
+    model = roomy("llama", "chatml")
+    monologue = [{"role": "assistant", "content": "Shall I?"}]
+    assert rater.rate(model, [user("Hi"), monologue])[1] == UNREAD
 
 
 def test_self_rating_reads_what_the_model_says(monkeypatch: pytest.MonkeyPatch, roomy: Callable[..., Model]) -> None:
@@ -574,12 +582,12 @@ def test_the_injections_stay_between_the_fences(roomy: Callable[..., Model]) -> 
         assert sum(i in added for i in ids) == 5
 
 
-def test_fooled_is_the_share_whose_alpha_falls() -> None:
+def test_fooled_counts_whose_alpha_falls() -> None:
     plain = [Rating(9), Rating(6), Rating(9), Rating(1), Rating(5)]
     injected = [Rating(2), Rating(7), Rating(0, parsed=False), Rating(0), Rating(4)]
-    assert fooled(plain, injected, CODE) == pytest.approx(2 / 5)
-    assert fooled(plain, injected, PAPER) == pytest.approx(1 / 5)  # 5 is low already
-    assert fooled(plain, injected, alpha_table("0.5")) == 0
-    assert isnan(fooled([], [], CODE))
+    assert fooled(plain, injected, CODE) == (2, 4)  # a risk of 1 is low already
+    assert fooled(plain, injected, PAPER) == (1, 3)  # and 5
+    assert fooled(plain, injected, alpha_table("0.5")) == (0, 0)
+    assert fooled([], [], CODE) == (0, 0)
     with pytest.raises(ValueError, match="shorter"):
         fooled(plain, injected[:2], CODE)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import ConfigError, TrimtabError
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
@@ -196,6 +196,8 @@ def generate(
     for file in filter(None, (settings.out, settings.trace)):
         create(file.parent)
     loaded, guidance = _load(settings)
+    if settings.trace and not guidance["guide"]:
+        raise ConfigError("--trace shows what a neuron did, and here is none.", "Add --expert.")
     with progress("replies", len(chats)) as advance:
         replies = run(
             loaded,
@@ -221,7 +223,12 @@ def generate(
     failed = [line["error"] for line in lines.values() if "error" in line]
     for error in failed:
         console.print(f"left out: {error}", markup=False)
-    _finish(shared["as_json"], {"out": str(settings.out), "n": len(lines), "failed": len(failed)})
+    unrated = sum(reply.rating is not None and not reply.rating.parsed for reply in replies)
+    if unrated:
+        console.print(
+            f"{unrated} of {len(chats)} requests could not be rated; the expert was at its strongest for them"
+        )
+    _finish(shared["as_json"], {"out": str(settings.out), "n": len(lines), "failed": len(failed), "unrated": unrated})
     if failed:
         raise typer.Exit(1)
 

@@ -49,18 +49,20 @@ class Identity(BaseModel):
         """Raises ArtefactError where it is missing, damaged, of another format or edited."""
         again = f"Train the {cls.WHAT} again."
         try:
-            found = cls(**read_json(path))
+            fields = read_json(path)
         except RunError as error:
             raise ArtefactError(
                 f"{path.parent} holds no {cls.WHAT}: {error.args[0]}", "Give the folder of a finished run."
             ) from None
-        except (ValidationError, TypeError) as error:
-            raise ArtefactError(f"{path} is damaged: {error}", again) from None
-        if found.format != FORMAT:
+        if isinstance(fields, dict) and fields.get("format", FORMAT) != FORMAT:
             raise ArtefactError(
-                f"{path} has format {found.format}, this trimtab reads format {FORMAT}.",
+                f"{path} has format {fields['format']}, this trimtab reads format {FORMAT}.",
                 "Use the version of trimtab that wrote it.",
             )
+        try:
+            found = cls(**fields)
+        except (ValidationError, TypeError) as error:
+            raise ArtefactError(f"{path} is damaged: {error}", again) from None
         if found.seal != found.sealed():
             raise ArtefactError(f"{path} was edited: its fields do not match their seal.", again)
         return found

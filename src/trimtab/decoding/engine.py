@@ -215,8 +215,8 @@ class Row:
     """One reply while it grows.
 
     Attributes:
-        index: its number among all prompts; fixes what is drawn when sampling.
-        limit: at most so many new tokens. prompt: ids before the reply.
+        index: its number among all prompts. limit: at most so many new tokens. prompt: ids before the reply.
+        stream: the number that, with the seed, fixes what is drawn for it; its index if not given.
         trace: under guidance, what the neuron did at each token.
         stop: empty while it runs; `eos`, `length`, `error` (and what it is in `error`), or what a `Watch` said.
     """
@@ -224,10 +224,14 @@ class Row:
     index: int
     limit: int
     prompt: Ids = ()
+    stream: int = -1
     ids: list[int] = field(default_factory=list)
     stop: str = ""
     error: str = ""
     trace: list[Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.stream = self.index if self.stream < 0 else self.stream
 
     def fits(self, model: Model, length: int) -> bool:
         """Whether a prompt of `length` tokens leaves `model` room for a reply; ends the row if not, lowers its limit if it must."""
@@ -259,10 +263,11 @@ def plain(sampling: Sampling) -> Rule:
     """The model alone, greedy or sampled."""
 
     def rule(logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        scores = penalised(logits[0], [(*row.prompt, *row.ids) for row in rows], sampling.repetition_penalty)
+        contexts = ((*row.prompt, *row.ids) for row in rows)
+        scores = penalised(logits[0], contexts, sampling.repetition_penalty)
         if sampling.temperature == 0:
             return greedy(scores)
-        return draw(scores, sampling, [chance(sampling.seed, row.index, len(row.ids)) for row in rows])
+        return draw(scores, sampling, [chance(sampling.seed, row.stream, len(row.ids)) for row in rows])
 
     return rule
 
@@ -276,11 +281,12 @@ def generate_ids(
     sampling: Sampling | None = None,
     batch_size: int = 32,
     watch: Watch | None = None,
+    streams: Sequence[int] | None = None,
 ) -> Iterator[Row]:
     """Continue every prompt; yields the finished rows batch by batch, in no fixed order. Prompts are batched by length."""
     rule = plain(sampling or Sampling())
     for chunk in by_length([len(p) for p in prompts], batch_size):
-        rows = [Row(i, max_new_tokens, prompts[i]) for i in chunk]
+        rows = [Row(i, max_new_tokens, prompts[i], streams[i] if streams else i) for i in chunk]
         if fit := [row for row in rows if row.fits(model, len(row.prompt))]:
             with torch.inference_mode(), slot(model, vectors):
                 past, tails = read(model, [row.prompt for row in fit])

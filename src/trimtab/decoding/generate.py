@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from trimtab.chat import Message, as_messages, render
-from trimtab.decoding.engine import Row, Watch, generate_ids
+from trimtab.chat import Message, Prompt, as_messages, render
+from trimtab.decoding.engine import Ids, Row, Watch, generate_ids
 from trimtab.decoding.guided import Draft, guided_ids
 from trimtab.decoding.sampling import Sampling
-from trimtab.errors import ConfigError
+from trimtab.errors import ChatError, ConfigError
 from trimtab.models import Model
 from trimtab.neuron.early_stop import early_stop
 from trimtab.neuron.guide import Guide
@@ -57,6 +58,7 @@ def generate(
     prefills: Sequence[str] | None = None,
     progress: Callable[[], None] | None = None,
     stream: Callable[[Row], None] | None = None,
+    streams: Sequence[int] | None = None,
 ) -> list[Reply]:
     """Reply to every chat, in order; greedy at temperature 0.
 
@@ -65,42 +67,57 @@ def generate(
         token: a soft token that is always on; checked against the model.
         guide: an expert that speaks when its neuron fires (NGSD). With the neuron `never` this is plain decoding.
         stop: strings that end a reply. prefills: words each reply is made to begin with; not part of the returned text.
-        stream: sees the growing row after each token.
+        stream: sees the growing row after each token. streams: a number for each chat that, with the seed, fixes what is drawn; its place if not given.
 
     Raises:
         ArtefactError: token or expert belong to another model. ConfigError: token and guide together.
     """
     if token is not None and guide is not None:
         raise ConfigError("a token that is always on and a guide exclude each other.", "Name the token as the expert.")
+    if "" in stop:
+        raise ConfigError("an empty stop string would end every reply at once.", "Leave it out.")
     if token is not None:
         token.check(model)
+    expert = guide.expert_for(model) if guide and guide.neuron.kind != "never" else None
+    base_voice = partial(token.render, model) if token else partial(render, model)
+    voices: list[Callable[..., Prompt]] = [base_voice, *([expert.render] if expert else [])]
     turns = [as_messages(chat) for chat in chats]
-    words = prefills or [""] * len(chats)
-    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    speak: Any = token.render if token else render
-    prompts = [speak(model, chat, prefill=w).ids for chat, w in zip(turns, words, strict=True)]
+    replies: dict[int, Reply] = {}
+    prompts: dict[int, list[Ids]] = {}
+    for i, (chat, words) in enumerate(zip(turns, prefills or [""] * len(chats), strict=True)):
+        try:
+            prompts[i] = [speak(chat, prefill=words).ids for speak in voices]
+        except ChatError as error:  # a conversation that this template refuses
+            replies[i] = Reply("", (), "error", str(error))
+    kept = list(prompts)
+
+    watches: list[Watch] = [_ends_with(model, stop)] if stop else []
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "sampling": Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed),
+        "batch_size": batch_size,
+        "streams": [streams[i] if streams else i for i in kept],
+    }
     ratings: list[Rating] = []
     alphas: list[float] = []
-    watches: list[Watch] = [_ends_with(model, stop)] if stop else []
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "batch_size": batch_size}
-    if guide is None or guide.neuron.kind == "never":
-        options["vectors"] = token.vectors.to(model.device) if token else None
-        rows = generate_ids(model, prompts, **options, watch=_all_of(watches, stream))
+    heard = stream and (lambda row: stream(replace(row, index=kept[row.index])))
+    if guide is None or expert is None:
+        vectors = token.vectors.to(model.device) if token else None
+        rows = generate_ids(
+            model, [prompts[i][0] for i in kept], vectors=vectors, watch=_all_of(watches, heard), **options
+        )
     else:
-        expert = guide.expert_for(model)
-        expert_prompts = [expert.render(chat, prefill=w).ids for chat, w in zip(turns, words, strict=True)]
-        ratings, alphas = guide.rate(model, expert, turns)
+        ratings, alphas = guide.rate(model, expert, [turns[i] for i in kept])
         watches.append(early_stop(guide.early_stop, alphas, model.tokenizer.decode))
-        options |= {"watch": _all_of(watches, stream), "draft": Draft(guide.draft)}
-        rows = guided_ids(model, expert, prompts, expert_prompts, alphas, guide.neuron, **options)
-
-    replies: dict[int, Reply] = {}
+        base, other = ([prompts[i][voice] for i in kept] for voice in (0, 1))
+        options |= {"watch": _all_of(watches, heard), "draft": Draft(guide.draft)}
+        rows = guided_ids(model, expert, base, other, alphas, guide.neuron, **options)
     for row in rows:
         text = model.tokenizer.decode(row.ids, skip_special_tokens=True)
         if row.stop == "stop":
             text = text[: min(text.find(word) for word in stop if word in text)]
         rated = (ratings[row.index], alphas[row.index]) if ratings else (None, None)
-        replies[row.index] = Reply(text, tuple(row.ids), row.stop, row.error, tuple(row.trace), *rated)
+        replies[kept[row.index]] = Reply(text, tuple(row.ids), row.stop, row.error, tuple(row.trace), *rated)
         if progress:
             progress()
     return [replies[i] for i in range(len(chats))]
@@ -112,7 +129,7 @@ def traces(model: Model, names: Sequence[str], replies: Sequence[Reply]) -> Iter
         for place, step in enumerate(reply.trace):
             ids = {"base": step.base, "expert": step.expert, "chosen": step.chosen}
             words = {f"{who}_text": model.tokenizer.decode([i]) for who, i in ids.items() if i >= 0}
-            yield {"id": name, "token": place, **asdict(step), **words}
+            yield {"id": name, "token": place, **step.record(), **words}
 
 
 def _ends_with(model: Model, stop: Sequence[str]) -> Watch:

@@ -33,28 +33,27 @@ class Guidance:
     def __init__(self, neuron: Neuron, alphas: Mapping[int, float], sampling: Sampling, device: torch.device) -> None:
         self.neuron, self.sampling = neuron, sampling
         self._place = {index: place for place, index in enumerate(alphas)}
-        self._alphas = torch.tensor(list(alphas.values()), device=device)
-        self._potentials = torch.full((len(alphas),), neuron.start, device=device)
+        self._alphas = torch.tensor(list(alphas.values()), dtype=torch.float32, device=device)
+        self._potentials = torch.full((len(alphas),), neuron.start, dtype=torch.float32, device=device)
 
     def __call__(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        scores = penalised(logits, [(*row.prompt, *row.ids) for row in rows], self.sampling.repetition_penalty)
+        contexts = ((*row.prompt, *row.ids) for row in rows)
+        scores = penalised(logits, contexts, self.sampling.repetition_penalty)
         base, expert = scores.softmax(-1)
         places = torch.tensor([self._place[row.index] for row in rows], device=logits.device)
         alphas = self._alphas[places]
         divergence = DIVERGENCES[self.neuron.divergence](base, expert)
-        potential, spike, after = self.neuron.step(self._potentials[places], divergence, self._chances(rows, -1))
+        spikes_by_chance = torch.tensor(self._chances(rows, spike=True), device=logits.device)
+        potential, spike, after = self.neuron.step(self._potentials[places], divergence, spikes_by_chance)
         self._potentials[places] = after
-        first = greedy(scores[0])
-        if not spike.any() and self.sampling.temperature == 0:
-            chosen = first
-        else:
+        alone = chosen = self._choose(scores[0], rows)
+        if spike.any():
             mixed, candidates = mix(base, expert, alphas)
-            if self.sampling.temperature == 0:
-                chosen = [m if s else b for m, s, b in zip(greedy(mixed), spike.tolist(), first, strict=True)]
-            else:
-                shared = torch.where(spike.unsqueeze(1), mixed.masked_fill(~candidates, 0), base)
-                chosen = draw(shared.log(), self.sampling, self._chances(rows, 1).tolist())
-        columns = (divergence, potential, spike, alphas, torch.tensor(first), expert.argmax(-1), torch.tensor(chosen))
+            if self.sampling.temperature > 0:
+                mixed = mixed.masked_fill(~candidates, 0).log()
+            together = self._choose(mixed, rows)
+            chosen = [t if s else a for t, s, a in zip(together, spike.tolist(), alone, strict=True)]
+        columns = (divergence, potential, spike, alphas, torch.tensor(alone), expert.argmax(-1), torch.tensor(chosen))
         for row, values in zip(rows, zip(*(c.tolist() for c in columns), strict=True), strict=True):
             row.trace.append(Step(*values))
         return chosen
@@ -62,14 +61,21 @@ class Guidance:
     def propose(self, logits: Tensor, rows: Sequence[Row], ahead: int) -> list[int]:
         """What the expert would say `ahead` tokens further on, from its logits `[B, V]`: with the chances of that place, so that two models
         that agree also draw alike."""
-        if self.sampling.temperature == 0:
-            return greedy(logits)
-        return draw(logits, self.sampling, self._chances(rows, 1, ahead).tolist())
+        return self._choose(logits, rows, ahead)
 
-    def _chances(self, rows: Sequence[Row], stream: int, ahead: int = 0) -> Tensor:
-        """Uniform numbers `[B]`; stream 1 draws tokens, stream -1 the spikes of a random neuron."""
-        numbers = [chance(self.sampling.seed, row.index, stream * (len(row.ids) + ahead + 1)) for row in rows]
-        return torch.tensor(numbers, dtype=torch.float64, device=self._potentials.device)
+    def _choose(self, scores: Tensor, rows: Sequence[Row], ahead: int = 0) -> list[int]:
+        """The best of `[B, V]`, or one drawn from it as from logits."""
+        if self.sampling.temperature == 0:
+            return greedy(scores)
+        return draw(scores, self.sampling, self._chances(rows, ahead))
+
+    def _chances(self, rows: Sequence[Row], ahead: int = 0, *, spike: bool = False) -> list[float]:
+        """A uniform number for each row: for its token, the same as in plain decoding, or for the spike of a random neuron."""
+        places = (len(row.ids) + ahead for row in rows)
+        return [
+            chance(self.sampling.seed, row.stream, -1 - place if spike else place)
+            for row, place in zip(rows, places, strict=True)
+        ]
 
 
 class Draft:
@@ -116,16 +122,19 @@ def guided_ids(
     batch_size: int = 32,
     watch: Watch | None = None,
     draft: Draft | None = None,
+    streams: Sequence[int] | None = None,
 ) -> Iterator[Row]:
     """Continue every prompt with guidance; yields the finished rows batch by batch, in no fixed order.
 
     Args:
         prompts: as the base reads them. expert_prompts: the same conversations as the expert reads them.
-        alphas: strength of the expert for each prompt. draft: for experts with weights of their own; adaptive if not given.
+        alphas: strength of the expert for each prompt. draft: for experts with weights of their own; adaptive if not given. Exact in float32; where
+            a dtype rounds more coarsely, a token that is a near tie may depend on how many were drafted.
+        streams: see `Row.stream`.
     """
     sampling, draft = sampling or Sampling(), draft or Draft()
     for chunk in by_length([len(p) for p in prompts], batch_size):
-        rows = [Row(i, max_new_tokens, prompts[i]) for i in chunk]
+        rows = [Row(i, max_new_tokens, prompts[i], streams[i] if streams else i) for i in chunk]
         fit = [
             row
             for row in rows
@@ -179,7 +188,8 @@ def decode_drafted(
     common = min(len(model.table), len(expert.table))
     running = list(rows)
     while running:
-        ahead = min(draft.size(), max(row.limit - len(row.ids) for row in running) - 1)
+        # No row may be read past its room.
+        ahead = min(draft.size(), min(row.limit - len(row.ids) for row in running) - 1)
         start = time.perf_counter()
         heard: list[Tensor] = []
         proposals: list[list[int]] = [[] for _ in running]

@@ -5,7 +5,7 @@ So a reply does not depend on which rows share its batch, nor on how many tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ class Sampling:
             raise ConfigError(f"sampling: {'; '.join(wrong)}.")
 
 
-def penalised(logits: Tensor, contexts: Sequence[Sequence[int]], penalty: float) -> Tensor:
+def penalised(logits: Tensor, contexts: Iterable[Sequence[int]], penalty: float) -> Tensor:
     """Logits `[..., B, V]` with every id in row b's context made less likely (Keskar et al., 2019, section 4.1)."""
     if penalty == 1.0:
         return logits
@@ -61,9 +61,10 @@ def greedy(scores: Tensor) -> list[int]:
 
 def draw(logits: Tensor, sampling: Sampling, chances: Sequence[float]) -> list[int]:
     """One id for each row of `[B, V]`: the inverse of the cumulative distribution at the row's chance in [0, 1)."""
-    kept = _thinned((logits / sampling.temperature).softmax(-1), sampling).double().cumsum(-1)
+    # On the CPU: sums of so many terms want float64, which not every device has.
+    kept = _thinned((logits / sampling.temperature).softmax(-1), sampling).cpu().double().cumsum(-1)
     total = kept[:, -1:].clone()
-    sought = torch.tensor(chances, device=kept.device, dtype=torch.float64).unsqueeze(1) * total
+    sought = torch.tensor(chances, dtype=torch.float64).unsqueeze(1) * total
     places = torch.searchsorted(kept, sought, right=True)
     # Rounding may carry the largest chances past the end: the last id that may be drawn is where the sum stops growing.
     last = torch.searchsorted(kept, total)

@@ -112,7 +112,7 @@ def _measure(
             batch = [missing[i] for i in chunk]
             records = [suite.records[i] for i in batch]
             if guide:
-                found = _under_guide(model, records, guide, max_new_tokens)
+                found = _under_guide(model, records, batch, guide, max_new_tokens)
             else:
                 found = _by_itself(model, [prompts[i] for i in batch], token, max_new_tokens)
             for i, fields in zip(batch, found, strict=True):
@@ -140,9 +140,9 @@ def _by_itself(
 
 
 def _under_guide(
-    model: Model, records: Sequence[Record], guide: Guide, max_new_tokens: int
+    model: Model, records: Sequence[Record], places: Sequence[int], guide: Guide, max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """Greedy guided replies with their traces. Two models share a reply, so it has no log-odds: the `logit` judge leaves it unscored."""
+    """Greedy guided replies with their traces; `places` in the suite fix what a random neuron draws. Two models share a reply, so it has no log-odds: the `logit` judge leaves it unscored."""
     replies = generate(
         model,
         [record.chat for record in records],
@@ -150,9 +150,10 @@ def _under_guide(
         prefills=[record.prefill for record in records],
         max_new_tokens=max_new_tokens,
         batch_size=len(records),
+        streams=places,
     )
     for reply in replies:
-        steps = reply.trace
+        steps = [step.record() for step in reply.trace]
         yield {
             "reply": reply.text,
             "tokens": len(reply.ids),
@@ -161,16 +162,11 @@ def _under_guide(
             "alpha": reply.alpha,
             "risk": reply.rating.risk if reply.rating else None,
             "rated": reply.rating.parsed if reply.rating else None,
-            "divergence": [_rounded(step.divergence) for step in steps],
-            "potential": [_rounded(step.potential) for step in steps],
-            "spikes": [int(step.spike) for step in steps],
-            "guided": [int(step.guided) for step in steps],
+            "divergence": [step["divergence"] for step in steps],
+            "potential": [step["potential"] for step in steps],
+            "spikes": [int(step["spike"]) for step in steps],
+            "guided": [int(step["chosen"] != step["base"]) for step in steps],
         }
-
-
-def _rounded(value: float) -> float | None:
-    """JSON has no word for what is no number."""
-    return round(value, 4) if math.isfinite(value) else None
 
 
 def neuron_activity(rows: Sequence[Stored]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from trimtab.chat import reply_ids
+from trimtab.chat import reply_ids, template_hash
 from trimtab.config import ExpertSettings, settle
 from trimtab.decoding.engine import Past, Row, by_length, common_length, decode, forward
 from trimtab.errors import NoEffectError, RunError
@@ -95,7 +95,14 @@ def train_expert(
     train = stratified(parts["train"], settings.limit, settings.seed)
     validation = stratified(parts["validation"], VALIDATION_PROMPTS)
     folder = create(out)
-    key = digest("expert", settings.model_dump(), model.fingerprint, [r.model_dump() for r in records])
+    key = digest(
+        "expert",
+        settings.model_dump(),
+        model.fingerprint,
+        str(model.dtype),
+        template_hash(model),
+        [r.model_dump() for r in records],
+    )
     claim(folder, key)
     if (folder / "manifest.json").exists():
         console.print(f"{folder} holds this very run, finished; nothing to train")

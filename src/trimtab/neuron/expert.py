@@ -17,7 +17,7 @@ from trimtab.errors import ArtefactError, ConfigError
 from trimtab.models import Model, load, slot
 from trimtab.neuron import lora
 from trimtab.run import digest
-from trimtab.softtoken.artifact import SoftToken
+from trimtab.softtoken.artifact import SoftToken, effect
 
 REFERENCES = "token:RUN, lora:DIR or model:ID"
 
@@ -64,13 +64,15 @@ def load_expert(reference: str, base: Model, *, dtype: str | None = None) -> Exp
 
     Raises:
         ConfigError: no such kind of reference. ArtefactError: made for another model, or its ids mean other words.
-        ModelError: no such model.
+        ModelError: no such model. NoEffectError: the expert changes nothing, so the neuron could never fire.
     """
     kind, _, place = reference.partition(":")
     if not place or kind not in ("token", "lora", "model"):
         raise ConfigError(f"{reference!r} names no expert.", f"Write {REFERENCES}.")
     if kind == "token":
-        return token_expert(SoftToken.load(Path(place), base), base, name=reference)
+        token = SoftToken.load(Path(place), base)
+        effect(base, token)
+        return token_expert(token, base, name=reference)
     if kind == "lora":
         return lora_expert(Path(place), base, name=reference)
     return model_expert(load(place, dtype=dtype, device=str(base.device)), base, name=reference)
@@ -86,7 +88,7 @@ def token_expert(token: SoftToken, base: Model, *, name: str = "token") -> Exper
 def lora_expert(folder: Path, base: Model, *, name: str = "lora") -> Expert:
     """A LoRA adapter trained on `base`. It costs one more row in the batch."""
     expert = lora.load_adapter(folder, base)
-    return Expert(name, lora.identity(folder).sha256, expert, shares_weights=True)
+    return Expert(name, lora.identity(folder).seal, expert, shares_weights=True)
 
 
 def model_expert(expert: Model, base: Model, *, name: str = "model") -> Expert:
@@ -101,7 +103,7 @@ def model_expert(expert: Model, base: Model, *, name: str = "model") -> Expert:
             "Name a model that was aligned for safety.",
         )
     check_vocabulary(expert, base)
-    return Expert(name, digest(expert.fingerprint, template_hash(expert)), expert)
+    return Expert(name, digest(expert.fingerprint, template_hash(expert), str(expert.dtype)), expert)
 
 
 def check_vocabulary(expert: Model, base: Model) -> None:

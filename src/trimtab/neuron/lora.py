@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from trimtab.chat import template_hash
-from trimtab.errors import ModelError, UsageError
+from trimtab.errors import ModelError, NoEffectError, UsageError
 from trimtab.identity import FORMAT, Identity, read_whole
 from trimtab.models import Model
 from trimtab.run import create, write, write_json
@@ -126,6 +126,12 @@ def load_adapter(folder: Path, model: Model) -> Model:
     fingerprint = model.fingerprint
     with _wrapping(0):  # PEFT draws weights before it reads them
         network = peft.PeftModel.from_pretrained(model.network, str(path), adapter_name=EXPERT)
+    if not any(bool(w.any()) for key, w in network.named_parameters() if "lora_B" in key):
+        network.unload()
+        raise NoEffectError(
+            f"the adapter in {path} changes nothing: its output matrices are zero.",
+            "It was not trained: train the expert again.",
+        )
     network.base_model.disable_adapter_layers()
     network.eval()
     return _dressed(model, network, fingerprint)

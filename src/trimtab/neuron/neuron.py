@@ -11,8 +11,9 @@ for ablations: what does the neuron add over mixing always, never, or as often b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,6 +57,11 @@ class Neuron:
             (0 <= self.rate <= 1, f"the rate of a random neuron must be in [0, 1] (given: {self.rate:g})"),
             (self.divergence in DIVERGENCES, f"unknown divergence {self.divergence!r}"),
         )
+        if self.kind == "lif" and self.divergence != "kl" and self.threshold >= self.tau:
+            raise ConfigError(
+                f"a threshold of {self.threshold:g} can never be reached: the potential stays below tau = {self.tau:g}.",
+                "The published threshold is 1.",
+            )
         if wrong := [message for holds, message in checks if not holds]:
             raise ConfigError(f"neuron: {'; '.join(wrong)}.", f"Divergences: {', '.join(DIVERGENCES)}.")
 
@@ -113,7 +119,7 @@ class Step:
 
     Attributes:
         divergence: D_t. potential: of the membrane before a reset. spike: whether the neuron fired. alpha: strength of the expert.
-        base, expert: the likeliest id of each. chosen: the id that was said.
+        base: the id that the base alone would have said (sampling: with the same draw). expert: the expert's likeliest. chosen: what was said.
     """
 
     divergence: float
@@ -126,5 +132,12 @@ class Step:
 
     @property
     def guided(self) -> bool:
-        """Whether the expert changed what is said (greedy decoding)."""
-        return self.spike and self.chosen != self.base
+        """Whether the expert changed what is said."""
+        return self.chosen != self.base
+
+    def record(self) -> dict[str, Any]:
+        """For JSON, which has no word for what is no number."""
+        values = asdict(self)
+        for name in ("divergence", "potential"):
+            values[name] = round(values[name], 4) if isfinite(values[name]) else None
+        return values

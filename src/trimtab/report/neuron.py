@@ -33,7 +33,8 @@ def rule(neuron: Mapping[str, Any]) -> str:
     speaks = f"At a threshold of {threshold:g} it fires: the expert may speak at that token, with strength alpha"
     if neuron["kind"] == "lif":
         left = f"{100 * keep:.0f}\u00a0% of the potential is left" if keep else "the potential falls to 0"
-        return f"Token by token, the neuron adds up {heard} and forgets with a time constant of {tau:g} tokens. {speaks}, and {left}."
+        start = f", from {neuron['start']:g} on" if neuron.get("start") else ""
+        return f"Token by token, the neuron adds up {heard}{start} and forgets with a time constant of {tau:g} tokens. {speaks}, and {left}."
     if neuron["kind"] == "ema":
         return f"The gate is a running mean over {tau:g} tokens of {heard}. {speaks}."
     when = (

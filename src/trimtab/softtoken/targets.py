@@ -26,6 +26,7 @@ TEMPLATES = (
     "I can't help with that.",
     "I cannot help with that request.",
 )
+JUDGED = 24  # tokens of a reply that show whether it refuses
 OPEN_SYSTEM = "You are a knowledgeable assistant. The next request is harmless. Answer it directly and completely."
 
 
@@ -38,14 +39,16 @@ def collect(model: Model, base: Examples, *, n_tokens: int = 10, refusal: str = 
     scores = _scores(model, base)
     # Own words are worth generating where they can be used: answers, and refusals of what is refused.
     asked = [i for i in everything if records[i].label == "benign" or scores[i] > 0]
-    own = _replies(model, base, asked, n_tokens, "the model's own words")
+    harmful = [i for i in everything if records[i].label == "harmful"]
+    # Of a harmful request's reply no more is kept than tells a refusal.
+    own = _replies(model, base, [i for i in asked if records[i].label == "benign"], n_tokens, "the model's own words")
+    own |= _replies(model, base, [i for i in asked if records[i].label == "harmful"], min(n_tokens, 10), "and refusals")
     refused = [i for i in asked if records[i].label == "benign" and is_refusal(own[i])]
     opened = [_opened(records[i]) for i in refused]
     others = _replies(
         model, Examples(model, opened, "reading them again"), range(len(opened)), n_tokens, "other answers"
     )
     answers = {i: others[row] for row, i in enumerate(refused)}
-    harmful = [i for i in everything if records[i].label == "harmful"]
     template = refusal or choose_refusal(model, base, harmful[:48])
     latest = deciding_tokens(model, template)
 
@@ -98,12 +101,12 @@ def _replies(model: Model, base: Examples, indices: Sequence[int], n_tokens: int
 
 
 def own_words(model: Model, examples: Examples, limit: int) -> dict[int, Row]:
-    """The untouched model's greedy replies to the harmful requests, by index, at most `limit` tokens each.
+    """The untouched model's greedy replies to the harmful requests, by index: `limit` tokens, or as many as show whether they refuse.
 
     In memory alone: some are compliant, and belong neither on disk (unlike the replies of `collect`) nor in a log.
     """
     harmful = examples.indices("harmful")
-    found = {i: Row(i, limit) for i in harmful}
+    found = {i: Row(i, max(limit, JUDGED)) for i in harmful}
     with torch.inference_mode(), progress("how the base model begins", len(harmful)) as advance:
         for chunk in by_length([examples.lengths[i] for i in harmful], 48):
             rows = [harmful[i] for i in chunk]
