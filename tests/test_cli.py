@@ -157,6 +157,11 @@ EXPERT = ["--expert", "token:{tmp}/token-run"]
         (["eval", "{model}", "-o", "{tmp}/x", *EXPERT, "--divergence", "l2"], 2, "divergence: input should be 'tv'"),
         (["eval", "{model}", "-o", "{tmp}/x", *EXPERT, "--draft", "65"], 2, "draft: input should be less"),
         (["eval", "{model}", "-o", "{tmp}/x", *EXPERT, "--token", "{tmp}/token-run"], 2, "Give one of them"),
+        (
+            ["generate", "{model}", "{tmp}/one.jsonl", "-o", "{tmp}/o.jsonl", "--trace", "{tmp}/t.jsonl"],
+            2,
+            "what a neuron did",
+        ),
         (["chat", "{model}", "--expert", "token:{tmp}/nowhere"], 1, "holds no token"),
         (["chat", "{model}", "--expert", "{tmp}/token-run"], 2, "names no expert"),
         (["chat", "{model}", "--expert", "model:{model}"], 1, "is the base model itself"),
@@ -235,7 +240,7 @@ def test_generate_with_an_expert_and_a_trace(
     arguments = ["generate", folder, prompts, "-o", out, "--expert", f"token:{token_run}", "--trace", trace]
     code, text, err = run(monkeypatch, capsys, *arguments, "--risk", "const:9", "--max-new-tokens", 5, "--json")
     assert code == 0, err
-    assert json.loads(text) == {"out": str(out), "n": 2, "failed": 0}
+    assert json.loads(text) == {"out": str(out), "n": 2, "failed": 0, "unrated": 0}
 
     model = load(folder)
     guide = Guide(SoftToken.load(token_run), risk=ConstantRisk(9))
@@ -284,7 +289,7 @@ def test_bad_lines_are_left_out_and_the_others_done(
         arguments = ["generate", folder, prompts, "-o", out, *expert, "--max-new-tokens", 4, "--json"]
         code, text, err = run(monkeypatch, capsys, *arguments)
         assert code == 1
-        assert json.loads(text) == {"out": str(out), "n": 10, "failed": 7}
+        assert json.loads(text) == {"out": str(out), "n": 10, "failed": 7, "unrated": 0}
         told = "".join(err.split())
         for _, says in bad.values():
             assert "".join(f"{prompts}, {says}".split()) in told

@@ -223,7 +223,7 @@ def generate(
     failed = [line["error"] for line in lines.values() if "error" in line]
     for error in failed:
         console.print(f"left out: {error}", markup=False)
-    unrated = sum(reply.rating is not None and not reply.rating.parsed for reply in replies)
+    unrated = sum(bool(r.rating and not r.rating.parsed and not r.error) for r in replies)
     if unrated:
         console.print(
             f"{unrated} of {len(chats)} requests could not be rated; the expert was at its strongest for them"
