@@ -125,7 +125,7 @@ def align(
 @with_options(GUIDANCE, COMMON)
 def evaluate(
     model: ModelName,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="run folder")],
+    out: Out,
     suite: Annotated[list[str] | None, typer.Option(help="a .jsonl file or builtin:test; may be repeated")] = None,
     judge: Annotated[list[str] | None, typer.Option(help="keyword, logit; both if not given")] = None,
     limit: Annotated[int | None, typer.Option(help="at most so many rows a suite, in proportion")] = None,

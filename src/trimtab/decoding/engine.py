@@ -264,12 +264,16 @@ def plain(sampling: Sampling) -> Rule:
 
     def rule(logits: Tensor, rows: Sequence[Row]) -> list[int]:
         contexts = ((*row.prompt, *row.ids) for row in rows)
-        scores = penalised(logits[0], contexts, sampling.repetition_penalty)
-        if sampling.temperature == 0:
-            return greedy(scores)
-        return draw(scores, sampling, [chance(sampling.seed, row.stream, len(row.ids)) for row in rows])
+        return choose(penalised(logits[0], contexts, sampling.repetition_penalty), rows, sampling)
 
     return rule
+
+
+def choose(scores: Tensor, rows: Sequence[Row], sampling: Sampling, ahead: int = 0) -> list[int]:
+    """The best of `[B, V]`, or what is drawn from it as from logits, `ahead` places after the rows' next token."""
+    if sampling.temperature == 0:
+        return greedy(scores)
+    return draw(scores, sampling, [chance(sampling.seed, row.stream, len(row.ids) + ahead) for row in rows])
 
 
 def generate_ids(

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from trimtab.decoding.engine import Ids, Past, Row, Watch, by_length, decode, forward, read
-from trimtab.decoding.sampling import Sampling, chance, draw, greedy, penalised
+from trimtab.decoding.engine import Ids, Past, Row, Watch, by_length, choose, decode, forward, read
+from trimtab.decoding.sampling import Sampling, chance, penalised
 from trimtab.models import Model
 from trimtab.neuron.expert import Expert
 from trimtab.neuron.mix import DIVERGENCES, mix
@@ -43,15 +43,17 @@ class Guidance:
         places = torch.tensor([self._place[row.index] for row in rows], device=logits.device)
         alphas = self._alphas[places]
         divergence = DIVERGENCES[self.neuron.divergence](base, expert)
-        spikes_by_chance = torch.tensor(self._chances(rows, spike=True), device=logits.device)
+        # Places before 0: a random neuron's spikes are drawn apart from the tokens.
+        chances = [chance(self.sampling.seed, row.stream, -1 - len(row.ids)) for row in rows]
+        spikes_by_chance = torch.tensor(chances, device=logits.device)
         potential, spike, after = self.neuron.step(self._potentials[places], divergence, spikes_by_chance)
         self._potentials[places] = after
-        alone = chosen = self._choose(scores[0], rows)
+        alone = chosen = choose(scores[0], rows, self.sampling)
         if spike.any():
             mixed, candidates = mix(base, expert, alphas)
             if self.sampling.temperature > 0:
                 mixed = mixed.masked_fill(~candidates, 0).log()
-            together = self._choose(mixed, rows)
+            together = choose(mixed, rows, self.sampling)
             chosen = [t if s else a for t, s, a in zip(together, spike.tolist(), alone, strict=True)]
         columns = (divergence, potential, spike, alphas, torch.tensor(alone), expert.argmax(-1), torch.tensor(chosen))
         for row, values in zip(rows, zip(*(c.tolist() for c in columns), strict=True), strict=True):
@@ -61,21 +63,7 @@ class Guidance:
     def propose(self, logits: Tensor, rows: Sequence[Row], ahead: int) -> list[int]:
         """What the expert would say `ahead` tokens further on, from its logits `[B, V]`: with the chances of that place, so that two models
         that agree also draw alike."""
-        return self._choose(logits, rows, ahead)
-
-    def _choose(self, scores: Tensor, rows: Sequence[Row], ahead: int = 0) -> list[int]:
-        """The best of `[B, V]`, or one drawn from it as from logits."""
-        if self.sampling.temperature == 0:
-            return greedy(scores)
-        return draw(scores, self.sampling, self._chances(rows, ahead))
-
-    def _chances(self, rows: Sequence[Row], ahead: int = 0, *, spike: bool = False) -> list[float]:
-        """A uniform number for each row: for its token, the same as in plain decoding, or for the spike of a random neuron."""
-        places = (len(row.ids) + ahead for row in rows)
-        return [
-            chance(self.sampling.seed, row.stream, -1 - place if spike else place)
-            for row, place in zip(rows, places, strict=True)
-        ]
+        return choose(logits, rows, self.sampling, ahead)
 
 
 class Draft:

@@ -51,7 +51,7 @@ from trimtab.run import (
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
 from trimtab.softtoken.targets import TEMPLATES, choose_refusal, collect, openings, own_words
-from trimtab.softtoken.train import batches, summary, validate
+from trimtab.softtoken.train import batches, padded, references, summary, validate
 
 WARM_UP = 10  # steps
 CHECKPOINT_EVERY = 10  # steps that a kill may cost
@@ -184,19 +184,7 @@ class TrainingSet:
         self.late = reply_ids(model, " " + self.refusal, end=True)
         self.length = max(k, *map(len, [*self.replies, self.late]))
         own = [i for i, r in enumerate(self.examples.records) if r.id in answers and answers[r.id][1]]
-        self.reference = self._reference(model, own)
-
-    def _reference(self, model: Model, anchored: list[int]) -> dict[int, Reference]:
-        k = self.settings.reply_tokens
-        found: dict[int, Reference] = {}
-        with torch.inference_mode(), progress("the base model's answers", len(anchored)) as advance:
-            for chunk in by_length([self.examples.lengths[i] for i in anchored], ROWS):
-                rows = [anchored[i] for i in chunk]
-                tails = [self.examples.tails[i] + padded(self.replies[i], k)[:-1] for i in rows]
-                reference = Reference.of(forward(model, tails, self.examples.past(rows), k))
-                found |= {i: reference.row(row) for row, i in enumerate(rows)}
-                advance(len(rows))
-        return found
+        self.reference = references(model, self.examples, self.replies, own, k)
 
     def task(self, index: int, step: int) -> tuple[Ids, Ids]:
         """What is read at this step, and what is to be said then.
@@ -207,11 +195,6 @@ class TrainingSet:
         if opening and draw.random() < self.settings.prefix_share:
             return self.prompts[index] + opening[: draw.randint(1, len(opening))], self.late
         return self.prompts[index], self.replies[index]
-
-
-def padded(ids: Ids, length: int) -> Ids:
-    """`ids` with the last one repeated: what comes later cannot change what was thought before; the loss masks it."""
-    return ids + ids[-1:] * (length - len(ids))
 
 
 def batch_loss(expert: Model, data: TrainingSet, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor, Tensor]:

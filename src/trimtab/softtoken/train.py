@@ -62,7 +62,7 @@ class TrainingSet:
         self, model: Model, samples: Sequence[Sample], base: Examples, settings: AlignSettings, position: Position
     ) -> None:
         records = [s.record for s in samples]
-        self.seed, self.device = settings.seed, model.device
+        self.seed = settings.seed
         self.examples = Examples(
             model, records, "reading prompts", position=position, n_tokens=settings.tokens, base=base
         )
@@ -79,18 +79,7 @@ class TrainingSet:
             self.openings = openings(model, own_words(model, untouched, MAX_PREFIX), MAX_PREFIX)
             self.openings |= {i: self.replies[i][:-1][:MAX_PREFIX] for i in anchored}  # something must be left to say
         reach = settings.reply_tokens + (MAX_PREFIX if self.openings else 0)
-        self.reference = self._reference(model, untouched, anchored, reach)
-
-    def _reference(self, model: Model, untouched: Examples, anchored: list[int], k: int) -> dict[int, Reference]:
-        found: dict[int, Reference] = {}
-        with torch.inference_mode(), progress("the base model's answers", len(anchored)) as advance:
-            for chunk in by_length([untouched.lengths[i] for i in anchored], 48):
-                rows = [anchored[i] for i in chunk]
-                tails = [untouched.tails[i] + _padded(self.replies[i], k)[:-1] for i in rows]
-                reference = Reference.of(forward(model, tails, untouched.past(rows), k))
-                found |= {i: reference.row(row) for row, i in enumerate(rows)}
-                advance(len(rows))
-        return found
+        self.reference = references(model, untouched, self.replies, anchored, reach)
 
     def begun(self, index: int, step: int) -> int:
         """How many tokens of its opening a sample's reply has at this step; fixed by the seed, the step and the sample."""
@@ -106,7 +95,7 @@ class TrainingSet:
         return opening, reply[begun:] if index in self.reference else self.late
 
 
-def _padded(ids: Ids, k: int) -> Ids:
+def padded(ids: Ids, k: int) -> Ids:
     """The first `k` ids, the last one repeated where there are fewer; the loss masks what is repeated."""
     return ids[:k] + ids[-1:] * (k - len(ids))
 
@@ -146,6 +135,21 @@ def batches(examples: Examples, batch: int, seed: int) -> Callable[[int], list[i
     return lambda step: window(step // WINDOW)[step % WINDOW]
 
 
+def references(
+    model: Model, untouched: Examples, replies: Sequence[Ids], anchored: Sequence[int], k: int
+) -> dict[int, Reference]:
+    """What the untouched model thinks at the first `k` places along its own replies, by index, for the samples `anchored` to it."""
+    found: dict[int, Reference] = {}
+    with torch.inference_mode(), progress("the base model's answers", len(anchored)) as advance:
+        for chunk in by_length([untouched.lengths[i] for i in anchored], 48):
+            rows = [anchored[i] for i in chunk]
+            tails = [untouched.tails[i] + padded(replies[i], k)[:-1] for i in rows]
+            reference = Reference.of(forward(model, tails, untouched.past(rows), k))
+            found |= {i: reference.row(row) for row, i in enumerate(rows)}
+            advance(len(rows))
+    return found
+
+
 def token_weights(length: int, decision: int, k: int) -> list[float]:
     """What each of the first `k` tokens of a reply counts: the deciding ones in full, later ones less, none past its end."""
     return [0.0 if t >= length else 1.0 if t < decision else WORDING_WEIGHT for t in range(k)]
@@ -166,11 +170,11 @@ def batch_loss(
     said = [data.said(i, n) for i, n in zip(rows, begun, strict=True)]
     with slot(model, vectors):
         tails = [
-            (*data.examples.tails[i], *opening, *_padded(reply, k)[:-1])
+            (*data.examples.tails[i], *opening, *padded(reply, k)[:-1])
             for i, (opening, reply) in zip(rows, said, strict=True)
         ]
         logits = forward(model, tails, data.examples.past(rows), k)
-    targets = torch.tensor([_padded(reply, k) for _, reply in said], device=logits.device)
+    targets = torch.tensor([padded(reply, k) for _, reply in said], device=logits.device)
     mask = torch.tensor([token_weights(len(reply), data.decision, k) for _, reply in said], device=logits.device)
     losses = reply_nll(logits, targets, mask)
     anchored = [row for row, i in enumerate(rows) if i in data.reference]
