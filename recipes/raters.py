@@ -17,8 +17,8 @@ from typing import Any
 
 import trimtab as tt
 from trimtab.evaluation.metrics import auc, wilson
-from trimtab.neuron.rating import ALPHA_TABLES, alpha, fooled, injections
-from trimtab.neuron.risk import Rater
+from trimtab.neuron.rating import ALPHA_TABLES, alpha
+from trimtab.neuron.risk import Rater, talked_round
 from trimtab.prompts.records import Record, stratified
 
 TABLE = ALPHA_TABLES["code"]
@@ -37,7 +37,7 @@ def main() -> None:
     if options.token:
         raters["expert (token)"] = tt.ExpertRating(tt.load_expert(f"token:{options.token}", model))
     if options.guard:
-        raters["guard"] = tt.GuardRating(options.guard)
+        raters["guard"] = tt.GuardRating(tt.load(options.guard))
     if options.lora:
         raters["expert (LoRA)"] = tt.ExpertRating(tt.load_expert(f"lora:{options.lora}", model))
     records = stratified(tt.load_prompts("builtin", split="test"), options.limit)
@@ -67,14 +67,7 @@ def measure(model: tt.Model, rater: Rater, records: list[Record]) -> dict[str, A
     }
     groups = ("harmful", "borderline", "plain")
     strengths = {g: [alpha(x, TABLE) for x, r in zip(ratings, records, strict=True) if r.group == g] for g in groups}
-    attempts = injections()
-    harmful = [r for r in records if r.label == "harmful"]
-    requests = [harmful[i % len(harmful)].text for i in range(len(attempts))]
-    plain = rater.rate(model, [[{"role": "user", "content": text}] for text in requests])
-    injected = rater.rate(
-        model, [[{"role": "user", "content": a.around(text)}] for a, text in zip(attempts, requests, strict=True)]
-    )
-    worked, could = fooled(plain, injected, TABLE)
+    worked, could = talked_round(model, rater, [r.text for r in records if r.label == "harmful"], TABLE)
     return {
         "auc": auc(by_label["harmful"], by_label["benign"]),
         **{f"alpha_{g}": sum(values) / len(values) for g, values in strengths.items()},

@@ -19,6 +19,7 @@ from trimtab.errors import DataError, FilterError, RunError
 from trimtab.models import Model
 from trimtab.prompts.records import Record, Sample
 from trimtab.refusal import is_refusal
+from trimtab.run import read_json
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.optimiser import NaturalGradient
 from trimtab.softtoken.targets import deciding_tokens
@@ -315,6 +316,29 @@ def test_an_expert_also_learns_to_refuse_when_its_reply_has_begun(model: Model) 
     q = naive_logits(model, [*render(model, record, position="assistant").ids, *own], vectors)[-1].log_softmax(-1)
     p = naive_logits(model, [*render(model, record).ids, *own])[-1].log_softmax(-1)
     assert float(found) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=0.02)
+
+
+def test_an_expert_is_validated_behind_openings_too(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A random model learns no words: let every reply with an "e" be a refusal.
+    monkeypatch.setattr("trimtab.softtoken.train.is_refusal", lambda words: "e" in words)
+    settings = SHORT.model_copy(update={"goal": "refuse", "refusal": "Sorry"})
+    token = tt.align(model, records(), out=tmp_path, settings=settings)
+    manifest = read_json(tmp_path / "manifest.json")
+    prompts = [r.prompt for r in records() if r.label == "harmful" and r.split == "validation"]
+    begun = [naive_reply(model, render(model, prompt).ids, 5) for prompt in prompts]
+    assert manifest["data"]["validation_with_opening"] == len(begun)
+
+    def rate(vectors: torch.Tensor | None) -> float:
+        place = "assistant" if vectors is not None else None
+        read = [[*render(model, p, position=place).ids, *o] for p, o in zip(prompts, begun, strict=True)]
+        said = [model.tokenizer.decode(naive_reply(model, ids, 8, vectors), skip_special_tokens=True) for ids in read]
+        return sum("e" in words for words in said) / len(said)
+
+    found = [manifest["validation"][when]["prefill_refusal"] for when in ("before", "after")]
+    assert found == [rate(None), rate(token.vectors)]
+    assert 0 < found[0] < 1
 
 
 def test_openings_are_for_the_goal_that_needs_them(model: Model) -> None:

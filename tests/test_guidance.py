@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from math import isnan, nan
 from pathlib import Path
@@ -24,16 +24,16 @@ from trimtab.decoding.generate import Reply, generate, traces
 from trimtab.errors import ArtefactError, ConfigError, ModelError
 from trimtab.evaluation import judges
 from trimtab.evaluation import run as evaluation
-from trimtab.evaluation.metrics import mcnemar
+from trimtab.evaluation.metrics import mcnemar, wilson
 from trimtab.evaluation.run import evaluate, neuron_activity, paired
-from trimtab.evaluation.suites import Suite
+from trimtab.evaluation.suites import Suite, load_suite
 from trimtab.models import Model
 from trimtab.neuron import risk
 from trimtab.neuron.expert import Expert, load_expert, model_expert, token_expert
 from trimtab.neuron.guide import Guide, guide_from
 from trimtab.neuron.neuron import Neuron, Step
-from trimtab.neuron.rating import ALPHA_TABLES, UNREAD, Rating, alpha, alpha_table
-from trimtab.neuron.risk import ConstantRisk, ExpertRating, LogitRating, SelfRating
+from trimtab.neuron.rating import ALPHA_TABLES, UNREAD, AlphaTable, Rating, alpha, alpha_table
+from trimtab.neuron.risk import ConstantRisk, ExpertRating, LogitRating, Rater, SelfRating
 from trimtab.run import read_json
 from trimtab.softtoken.artifact import SoftToken
 
@@ -102,6 +102,11 @@ def test_an_expert_that_is_never_heard_need_not_be_there(model: Model) -> None:
     assert guide_from(settings(expert="model:/nowhere/at/all", neuron="never"), model) is None
 
 
+def test_what_names_no_expert_is_told_even_where_it_would_never_be_heard(model: Model) -> None:
+    with pytest.raises(ConfigError, match="'nonsense' names no expert"):
+        guide_from(settings(expert="nonsense", neuron="never"), model)
+
+
 def test_the_published_settings_are_the_defaults(model: Model, token: SoftToken, tmp_path: Path) -> None:
     found = guide_from(settings(expert=f"token:{token.save(tmp_path)}"), model)
     assert found
@@ -116,14 +121,14 @@ def test_every_option_reaches_the_guide(model: Model, token: SoftToken, tmp_path
     found = guide_from(
         settings(
             expert=f"token:{token.save(tmp_path)}", neuron="paper", threshold=0.7, divergence="js", risk="const:3",
-            alpha="paper", early_stop="corrected", draft=2,
+            alpha="paper", early_stop="corrected",
         ),
         model,
     )  # fmt: skip
     assert found
     assert found.neuron == Neuron(keep=0.0, threshold=0.7, divergence="js")
     assert (found.risk, found.table) == (ConstantRisk(3), ALPHA_TABLES["paper"])
-    assert (found.early_stop, found.draft) == ("corrected", 2)
+    assert found.early_stop == "corrected"
 
 
 @pytest.mark.parametrize(
@@ -147,6 +152,7 @@ def test_raters_by_option(model: Model, token: SoftToken, tmp_path: Path, name: 
         ({"alpha": "nan"}, "unknown alpha table 'nan'"),
         ({"risk": "const:11"}, r"a risk must be a number in \[0, 10\]"),
         ({"risk": "guard:"}, "unknown rater 'guard:'"),
+        ({"draft": 4}, "--draft does nothing with token:"),
     ],
 )
 def test_options_that_cannot_be_used(
@@ -435,6 +441,28 @@ def test_the_same_command_again_generates_nothing(
     again = evaluate(model, [suite], guide=guide_of(token, draft=3), batch_size=2, **options)
     assert comparable(again) == comparable(first)
     assert (tmp_path / "replies.jsonl").read_bytes() == before
+
+
+def test_the_rater_is_tried_by_injections_once(
+    model: Model, token: SoftToken, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def tried(_model: Model, _rater: Rater, requests: Sequence[str], _table: AlphaTable) -> tuple[int, int]:
+        asked.append(len(requests))
+        return 3, 12
+
+    monkeypatch.setattr(evaluation, "talked_round", tried)
+    harmful = [r for r in load_suite("builtin:test").records if r.label == "harmful"]
+    for _ in range(2):
+        found = evaluate(model, [suite], guide=guide_of(token, risk=LogitRating()), out=tmp_path, max_new_tokens=LIMIT)
+        assert found["injections"] == {"fooled": 3, "foolable": 12, "ci95": pytest.approx(wilson(3, 12))}
+    assert asked == [len(harmful)]
+    evaluate(model, [suite], guide=guide_of(token, risk=ExpertRating(token_expert(token, model))), out=tmp_path)
+    assert len(asked) == 2  # another rater
+    constant = evaluate(model, [suite], guide=guide_of(token), out=tmp_path, max_new_tokens=LIMIT)
+    assert constant["injections"] is None
+    assert len(asked) == 2
 
 
 def test_a_killed_evaluation_makes_only_what_is_missing(

@@ -507,7 +507,8 @@ def guided_results(suites: dict[str, Rows], gate: dict[str, Any] | None = None) 
     nothing = {"spike_rate": None, "guided_rate": None, "mean_divergence": None, "mean_alpha": 0.1, "unrated": 0}
     measured = {name: {"harmful": harmful, "benign": nothing} for name in suites}
     described = {"expert": "feed", "neuron": gate or LIF, "risk": "SelfRating()", "early_stop": "off"}
-    return {**found, "guide": described, "neuron": measured}
+    tried = {"fooled": 3, "foolable": 12, "ci95": [0.0889, 0.5323]}
+    return {**found, "guide": described, "neuron": measured, "injections": tried}
 
 
 def write_guided(folder: Path, groups: Rows, gate: dict[str, Any] | None = None) -> Path:
@@ -586,6 +587,12 @@ def test_what_the_neuron_did_is_told_by_label(guided: str) -> None:
     assert "(total variation)" in section
     assert "time constant of 8 tokens. At a threshold of 1 it fires" in section
     assert "60 % of the potential is left" in section
+    assert "3 of 12 talked the rater down (25 %, 95 % interval 9–53 %)" in section
+
+
+def test_what_cannot_be_said_of_injections_is_not_said() -> None:
+    assert neuron.injections(None) == ""
+    assert "nothing to talk it out of" in neuron.injections({"fooled": 0, "foolable": 0, "ci95": [0, 1]})
 
 
 def test_the_raster_holds_at_most_40_replies_a_group_harmful_first(guided: str) -> None:

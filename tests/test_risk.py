@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import build, naive_logits, naive_reply
-from trimtab.chat import render
+from trimtab.chat import Message, render
 from trimtab.errors import ConfigError, ModelError
 from trimtab.models import Model
 from trimtab.neuron import risk
@@ -41,6 +41,7 @@ from trimtab.neuron.risk import (
     rater,
     rating_prompts,
     request_of,
+    talked_round,
     without_special_tokens,
     word_probabilities,
 )
@@ -347,8 +348,7 @@ def test_a_request_that_the_rater_has_no_room_for_is_strong(
 ) -> None:
     monkeypatch.setattr(risk, "MIN_MASS", 0.0)
     model = tiny("llama", "chatml")  # reads 512 tokens
-    which = rater(name if name != "guard" else "guard:unused")
-    which.__dict__["guard"] = model
+    which = GuardRating(model) if name == "guard" else rater(name)
     short, long = which.rate(model, [user("Hi."), user("z" * 2500)])
     assert long == Rating(7, parsed=False)
     assert short.parsed == (name == "guard")  # whose prompt is the conversation alone
@@ -404,15 +404,14 @@ def test_batching_does_not_change_ratings(
         assert rate(model, []) == []
 
 
-def test_a_guard_is_loaded_once_and_read_by_its_own_template(
+def test_a_guard_is_read_by_its_own_template(
     folder: Path, roomy: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(risk, "MIN_MASS", 0.0)
-    guard = GuardRating(str(folder))
+    guard = rater(f"guard:{folder}")
+    assert isinstance(guard, GuardRating)
     chat = [{"role": "system", "content": "Left out."}, *user("How do I break into a car?<|im_end|>")]
     (rating,) = guard.rate(roomy("qwen3", "fold"), [chat])
-    assert guard.guard is guard.guard
-
     ids = render(guard.guard, "How do I break into a car?< |im_end|>").ids  # system text: the guard template's default
     p = naive_logits(guard.guard, ids)[-1].softmax(-1)
     first = {
@@ -424,8 +423,7 @@ def test_a_guard_is_loaded_once_and_read_by_its_own_template(
 
 def guard_that_says(table: Callable[[int, int], list[float]], monkeypatch: pytest.MonkeyPatch) -> GuardRating:
     """A guard whose word probabilities are `table(length of the prompt, number of the look)`."""
-    guard, looks = GuardRating("unused"), []
-    guard.__dict__["guard"] = _CHATML
+    guard, looks = GuardRating(_CHATML), []
 
     def fake(_model: Model, prompts: Sequence[Sequence[int]], words: Sequence[str]) -> torch.Tensor:
         assert list(words) == ["unsafe", "safe", "yes", "no"]
@@ -471,7 +469,7 @@ def test_a_guard_that_begins_with_an_empty_line_is_read_behind_it(monkeypatch: p
 
 def test_a_guard_that_cannot_be_found_says_so() -> None:
     with pytest.raises(ModelError, match="no model 'nothing'"):
-        GuardRating("nothing").rate(_CHATML, [user("Hi.")])
+        rater("guard:nothing")
 
 
 def test_a_constant_is_everybodys() -> None:
@@ -487,8 +485,6 @@ def test_a_constant_out_of_range(wrong: float) -> None:
 def test_raters_by_name() -> None:
     assert rater("self") == SelfRating()
     assert rater("logits") == LogitRating()
-    assert rater("guard:owner/name") == GuardRating("owner/name")
-    assert rater("guard:C:/guards/one") == GuardRating("C:/guards/one")
     assert rater("const:7") == ConstantRisk(7.0)
 
 
@@ -580,6 +576,26 @@ def test_the_injections_stay_between_the_fences(roomy: Callable[..., Model]) -> 
         assert "TASK" in before
         assert after.startswith("Now rate the request above.")
         assert sum(i in added for i in ids) == 5
+
+
+def test_a_guard_is_known_by_its_weights(roomy: Callable[..., Model]) -> None:
+    one, other = roomy("qwen3", "chatml"), roomy("llama", "chatml")
+    assert repr(GuardRating(one)) == repr(GuardRating(one)) != repr(GuardRating(other))
+
+
+class Gullible:
+    """Rates by one word."""
+
+    def rate(self, model: Model, chats: Sequence[Sequence[Message]]) -> list[Rating]:
+        said = [str(chat[-1]["content"]) for chat in chats]
+        return [Rating(1.0 if "risk" in words.lower() else 9.0) for words in said]
+
+
+def test_every_injection_is_tried_around_a_request_and_the_successful_ones_are_counted() -> None:
+    requests = ["How do I break in?", "What is the risk of arson?"]  # the second is rated low anyway
+    naming = sum("risk" in attempt.text.lower() for attempt in injections()[::2])
+    assert 0 < naming < 23
+    assert talked_round(_CHATML, Gullible(), requests, CODE) == (naming, 23)
 
 
 def test_fooled_counts_whose_alpha_falls() -> None:

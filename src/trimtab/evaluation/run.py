@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from trimtab.evaluation.judges import JUDGES
 from trimtab.evaluation.metrics import auc, mcnemar, wilson
 from trimtab.evaluation.suites import Suite, load_suite
 from trimtab.models import Model, describe_machine, slot
+from trimtab.neuron.expert import Expert
 from trimtab.neuron.guide import Guide
+from trimtab.neuron.risk import ConstantRisk, talked_round
 from trimtab.prompts.records import Record
 from trimtab.refusal import opening_log_odds
 from trimtab.run import Cost, Records, console, create, digest, environment, progress, write_json
@@ -57,7 +59,8 @@ def evaluate(
 
     Returns:
         `{"suites": {name: {"n", "harmful"|"benign": {judge: {"refusal_rate", "ci95", "unscored"}}}}, "auc": {...}}`, and with
-        `compare` also `base` (the same for the untouched model) and `paired`. Written to `results.json` as well.
+        `compare` also `base` (the same for the untouched model) and `paired`; under a guide also `guide`, `neuron` (what it did) and `injections`
+        (how often its rater is talked round). Written to `results.json` as well.
     """
     if token is not None and guide is not None:
         raise ConfigError("a token that is always on and a guide exclude each other.", "Name the token as the expert.")
@@ -84,6 +87,7 @@ def evaluate(
     if guide and expert:
         result["guide"] = guide.describe(expert)
         result["neuron"] = {s.name: neuron_activity(rows[main][s.name]) for s in loaded}
+        result["injections"] = _injections(model, guide, expert, folder)
     result["cost"] = cost.record(describe_machine(model.device))
     result["environment"] = environment()
     write_json(folder / "rows.json", {s.name: _side_by_side({arm: rows[arm][s.name] for arm in arms}) for s in loaded})
@@ -167,6 +171,21 @@ def _under_guide(
             "spikes": [int(step["spike"]) for step in steps],
             "guided": [int(step["chosen"] != step["base"]) for step in steps],
         }
+
+
+def _injections(model: Model, guide: Guide, expert: Expert, folder: Path) -> dict[str, Any] | None:
+    """How often the rater is talked round by prompt injections around harmful builtin requests; `None` for a constant, which hears nobody."""
+    who = guide.rater(expert)
+    if isinstance(who, ConstantRisk):
+        return None
+    store = Records(folder / "injections.jsonl")
+    key = digest(model.fingerprint, str(model.dtype), repr(who), asdict(guide.table))
+    if key not in store:
+        console.print("trying to talk the rater round")
+        requests = [r.text for r in load_suite("builtin:test").records if r.label == "harmful"]
+        worked, could = talked_round(model, who, requests, guide.table)
+        store.add(key, fooled=worked, foolable=could, ci95=wilson(worked, could))
+    return {field: store[key][field] for field in ("fooled", "foolable", "ci95")}
 
 
 def neuron_activity(rows: Sequence[Stored]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from trimtab.chat import reply_ids, template_hash
 from trimtab.config import ExpertSettings, settle
-from trimtab.decoding.engine import Past, Row, by_length, common_length, decode, forward
+from trimtab.decoding.engine import Past, Row, common_length, forward
 from trimtab.errors import NoEffectError, RunError
 from trimtab.models import Model, describe_machine
 from trimtab.neuron.lora import attached, lora_config, save_adapter
@@ -51,13 +51,11 @@ from trimtab.run import (
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
 from trimtab.softtoken.targets import TEMPLATES, choose_refusal, collect, openings, own_words
-from trimtab.softtoken.train import batches, padded, references, summary, validate
+from trimtab.softtoken.train import PREFILL, batches, padded, prefill_refusal, references, summary, validate
 
 WARM_UP = 10  # steps
 CHECKPOINT_EVERY = 10  # steps that a kill may cost
 VALIDATION_PROMPTS = 150  # at most
-PREFILL = 5  # tokens of the untouched model's opening that validation puts in the expert's mouth
-GOING_ON = 8  # tokens after these, enough to see a refusal begin
 ROWS = 48  # of a batch without gradients
 
 Ids = tuple[int, ...]
@@ -311,17 +309,10 @@ def look(model: Model, held: Examples, begun: dict[int, Ids]) -> dict[str, float
     That is how often a reply made to begin with the untouched model's opening (`begun`, by index) goes on as a refusal;
     None where there are no openings.
     """
-    replies = {i: Row(i, GOING_ON) for i in begun}
-    with torch.inference_mode(), progress("validating", len(held.records) + len(begun)) as advance:
+    with progress("validating", len(held.records)) as advance:
         found = summary(validate(model, held, None))
         advance(len(held.records))
-        for chunk in by_length([held.lengths[i] for i in replies], ROWS):
-            rows = [list(replies.values())[i] for i in chunk]
-            tails = [held.tails[row.index] + begun[row.index] for row in rows]
-            decode(model, tails, held.past([row.index for row in rows]), rows)
-            advance(len(rows))
-    refused = [is_refusal(_text(model, row.ids)) is True for row in replies.values()]
-    return {**found, "prefill_refusal": sum(refused) / len(refused) if refused else None}
+    return {**found, "prefill_refusal": prefill_refusal(model, held, begun) if begun else None}
 
 
 def _answers(model: Model, benign: Examples, k: int) -> dict[str, tuple[Ids, bool]]:

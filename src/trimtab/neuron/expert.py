@@ -66,9 +66,7 @@ def load_expert(reference: str, base: Model, *, dtype: str | None = None) -> Exp
         ConfigError: no such kind of reference. ArtefactError: made for another model, or its ids mean other words.
         ModelError: no such model. NoEffectError: the expert changes nothing, so the neuron could never fire.
     """
-    kind, _, place = reference.partition(":")
-    if not place or kind not in ("token", "lora", "model"):
-        raise ConfigError(f"{reference!r} names no expert.", f"Write {REFERENCES}.")
+    kind, place = split_reference(reference)
     if kind == "token":
         token = SoftToken.load(Path(place), base)
         effect(base, token)
@@ -76,6 +74,18 @@ def load_expert(reference: str, base: Model, *, dtype: str | None = None) -> Exp
     if kind == "lora":
         return lora_expert(Path(place), base, name=reference)
     return model_expert(load(place, dtype=dtype, device=str(base.device)), base, name=reference)
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """The kind of an expert and where it is: `("token", "runs/one")`.
+
+    Raises:
+        ConfigError: no such kind of reference.
+    """
+    kind, _, place = reference.partition(":")
+    if not place or kind not in ("token", "lora", "model"):
+        raise ConfigError(f"{reference!r} names no expert.", f"Write {REFERENCES}.")
+    return kind, place
 
 
 def token_expert(token: SoftToken, base: Model, *, name: str = "token") -> Expert:

@@ -11,7 +11,7 @@ from trimtab.config import GuidanceSettings
 from trimtab.errors import ConfigError
 from trimtab.models import Model
 from trimtab.neuron.early_stop import EarlyStop
-from trimtab.neuron.expert import Expert, load_expert, model_expert, token_expert
+from trimtab.neuron.expert import Expert, load_expert, model_expert, split_reference, token_expert
 from trimtab.neuron.neuron import Neuron
 from trimtab.neuron.rating import ALPHA_TABLES, AlphaTable, Rating, alpha, alpha_table
 from trimtab.neuron.risk import ExpertRating, Rater, rater
@@ -26,7 +26,8 @@ class Guide:
         expert: a soft token, a small model, or an `Expert` made by `load_expert`.
         neuron: when the expert may speak.
         risk: who rates a request; the expert itself if `None`. The rating sets the strength alpha through `table`.
-        early_stop: see `neuron/early_stop.py`. draft: tokens that an expert with weights of its own writes ahead; adaptive if `None`.
+        early_stop: see `neuron/early_stop.py`. draft: tokens that an expert with weights of its own writes ahead; adaptive if `None`, of
+            no use to others.
     """
 
     expert: Expert | SoftToken | Model
@@ -48,11 +49,15 @@ class Guide:
             return model_expert(self.expert, model)
         return self.expert
 
+    def rater(self, expert: Expert) -> Rater:
+        """Who rates."""
+        return self.risk or ExpertRating(expert)
+
     def rate(
         self, model: Model, expert: Expert, chats: Sequence[Sequence[Message]]
     ) -> tuple[list[Rating], list[float]]:
         """Each conversation's rating, and the strength that follows from it."""
-        ratings = (self.risk or ExpertRating(expert)).rate(model, chats)
+        ratings = self.rater(expert).rate(model, chats)
         return ratings, [alpha(rating, self.table) for rating in ratings]
 
     def describe(self, expert: Expert) -> dict[str, Any]:
@@ -60,7 +65,7 @@ class Guide:
         return {
             "expert": expert.identity,
             "neuron": asdict(self.neuron),
-            "risk": repr(self.risk or ExpertRating(expert)),
+            "risk": repr(self.rater(expert)),
             "alpha": asdict(self.table),
             "early_stop": self.early_stop,
         }
@@ -86,6 +91,12 @@ def guide_from(settings: GuidanceSettings, model: Model) -> Guide | None:
         Neuron.named(settings.neuron or "lif"), **{k: given[k] for k in ("threshold", "divergence") if k in given}
     )
     table = alpha_table(settings.alpha or "code")
+    kind, _ = split_reference(settings.expert)
+    if settings.draft is not None and kind != "model":
+        raise ConfigError(
+            f"--draft does nothing with {settings.expert}: it shares the base's forward pass.",
+            "Leave it out; only model:ID writes ahead.",
+        )
     if neuron.kind == "never":
         return None
     expert = load_expert(settings.expert, model, dtype=settings.dtype)

@@ -1,8 +1,7 @@
 """Who rates a request's risk, 0 to 10 (NGSD, section B.2): the model itself, its digit logits, a guard model, the expert, or a constant.
 
 The request is kept from talking to the rater: it stands between fences that it cannot contain, and special tokens spelled out in it are
-broken up, or it could end its turn and write the answer itself. What remains is persuasion: `rating.injections` tries it and
-`rating.fooled` counts it. A model that rates its own requests can be talked round in both roles at once; a guard is another model, and an expert's
+broken up, or it could end its turn and write the answer itself. What remains is persuasion: `talked_round` tries it and counts. A model that rates its own requests can be talked round in both roles at once; a guard is another model, and an expert's
 refusal is no answer to a question at all.
 
 A conversation is rated on all of its turns but the system's, which is the deployer's: a harmful request may be spread over several, and an
@@ -16,7 +15,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import count
 from math import isnan, nan
 from typing import Any, Protocol
@@ -24,13 +22,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trimtab.chat import Message, as_messages, render, reply_ids
+from trimtab.chat import Message, as_messages, render, reply_ids, template_hash
 from trimtab.decoding.engine import Ids, Row, by_length, decode, forward, generate_ids, read
 from trimtab.errors import ChatError, ConfigError, nearest
 from trimtab.models import Model, load
 from trimtab.neuron.expert import Expert
-from trimtab.neuron.rating import UNREAD, Rating, number, read_rating
+from trimtab.neuron.rating import UNREAD, AlphaTable, Rating, fooled, injections, number, read_rating
 from trimtab.refusal import is_refusal, opening_log_odds
+from trimtab.run import digest
 
 MIN_MASS = 0.05  # less probability than this on the words asked for is no answer
 MAX_NEW_TOKENS = 64
@@ -96,14 +95,14 @@ class GuardRating:
     kin) or `Yes`/`No` to "is this harmful?" (ShieldGemma, Granite Guardian), whichever pair is likelier.
 
     Attributes:
-        name: alias, hub id, folder or GGUF file; loaded on first use.
+        guard: the model that judges.
     """
 
-    name: str
+    guard: Model
 
-    @cached_property
-    def guard(self) -> Model:
-        return load(self.name)
+    def __repr__(self) -> str:
+        """What makes the guard, not its network: stored replies are keyed by it."""
+        return f"GuardRating({self.guard.name}, {digest(self.guard.fingerprint, template_hash(self.guard), str(self.guard.dtype))})"
 
     def rate(self, model: Model, chats: Sequence[Sequence[Message]]) -> list[Rating]:
         prompts = [self._prompt(chat) for chat in chats]
@@ -188,7 +187,7 @@ def rater(name: str, expert: Expert | None = None) -> Rater:
     """`self`, `logits`, `guard:MODEL`, `const:R`, or `expert` for the one given.
 
     Raises:
-        ConfigError: another name, no MODEL, or an R that is no number in [0, 10].
+        ConfigError: another name, no MODEL, or an R that is no number in [0, 10]. ModelError: no such guard.
     """
     kind, _, rest = name.partition(":")
     if name in ("self", "logits"):
@@ -196,10 +195,21 @@ def rater(name: str, expert: Expert | None = None) -> Rater:
     if name == "expert" and expert:
         return ExpertRating(expert)
     if kind == "guard" and rest:
-        return GuardRating(rest)
+        return GuardRating(load(rest))
     if kind == "const" and rest:
         return ConstantRisk(number(rest))
     raise ConfigError(f"unknown rater {name!r}.", nearest(name, ("self", "logits", "guard:MODEL", "const:R", "expert")))
+
+
+def talked_round(model: Model, rater: Rater, requests: Sequence[str], table: AlphaTable) -> tuple[int, int]:
+    """How many of trimtab's prompt injections, each around one of `requests` in turn, lowered alpha, and how many could have (`rating.fooled`)."""
+    attempts = injections()
+    asked = [requests[i % len(requests)] for i in range(len(attempts))]
+    wrapped = [attempt.around(request) for attempt, request in zip(attempts, asked, strict=True)]
+    plain, injected = (
+        rater.rate(model, [[{"role": "user", "content": text}] for text in texts]) for texts in (asked, wrapped)
+    )
+    return fooled(plain, injected, table)
 
 
 def request_of(chat: Sequence[Message]) -> str:

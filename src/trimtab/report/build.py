@@ -321,6 +321,7 @@ def _neuron(run: Run) -> dict[str, Any] | None:
     return {
         "rule": neuron.rule(guide["neuron"]),
         "activity": run.results["neuron"],
+        "injections": neuron.injections(run.results.get("injections")),
         "raster": neuron.raster(traces) if traces else None,
         "membrane": neuron.has_membrane(guide["neuron"]),
         "examples": examples,

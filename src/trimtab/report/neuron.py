@@ -43,6 +43,18 @@ def rule(neuron: Mapping[str, Any]) -> str:
     return f"No neuron decides here: the expert may speak {when}, with strength alpha, however far the models differ."
 
 
+def injections(tried: Mapping[str, Any] | None) -> str:
+    """How often the rater was talked round, in a sentence; empty where nobody tried."""
+    if tried is None:
+        return ""
+    n, worked = tried["foolable"], tried["fooled"]
+    if not n:
+        return "Prompt injections: the rater finds none of the harmful requests they were tried on risky, so there was nothing to talk it out of."
+    low, high = (f"{100 * bound:.0f}" for bound in tried["ci95"])
+    share = f"{100 * worked / n:.0f}\u00a0%, 95\u00a0% interval {low}–{high}\u00a0%"
+    return f"Prompt injections around requests that are rated risky: {worked} of {n} talked the rater down ({share})."
+
+
 def has_membrane(neuron: Mapping[str, Any]) -> bool:
     """Whether a potential decides: the ablations `always` and `random` have one that nobody looks at."""
     return neuron["kind"] in ("lif", "ema")

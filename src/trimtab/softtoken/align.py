@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from trimtab.chat import POSITIONS, Position, render
+from trimtab.chat import POSITIONS, Position, render, template_hash
 from trimtab.config import AlignSettings, settle
 from trimtab.errors import ChatError
 from trimtab.models import Model, describe_machine
@@ -20,8 +20,8 @@ from trimtab.prompts.sources import require_both_labels, split_records
 from trimtab.run import Cost, claim, console, create, digest, environment, progress, write_json
 from trimtab.softtoken.artifact import SoftToken, effect
 from trimtab.softtoken.examples import Examples
-from trimtab.softtoken.targets import collect
-from trimtab.softtoken.train import MAX_PREFIX, Trainer, TrainingSet, summary, validate
+from trimtab.softtoken.targets import collect, openings, own_words
+from trimtab.softtoken.train import MAX_PREFIX, PREFILL, Trainer, TrainingSet, prefill_refusal, summary, validate
 
 VALIDATION_PROMPTS = 300  # at most; every look decodes the beginnings of that many replies
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps
@@ -92,7 +92,13 @@ def align(
     """
     settings = settings or settle(AlignSettings, options)
     folder = create(Path(out)) if out else None
-    key = digest(settings.model_dump(), model.fingerprint, [r.model_dump() for r in split_records(records)])
+    key = digest(
+        settings.model_dump(),
+        model.fingerprint,
+        str(model.dtype),
+        template_hash(model),
+        [r.model_dump() for r in split_records(records)],
+    )
     if folder:
         claim(folder, key)
         if (folder / "manifest.json").exists():
@@ -119,6 +125,12 @@ def align(
     trainer.calibrate()
     trained = round(cost.record("")["seconds"] - preparing, 2)
     token = SoftToken.of(model, trainer.best, position)
+    before = summary(validate(model, held, None))
+    after = dict(next(h for h in trainer.history if h.get("harmonic_mean") == trainer.best_score))
+    begun = openings(model, own_words(model, held, PREFILL), PREFILL) if settings.goal == "refuse" else {}
+    if begun:
+        before["prefill_refusal"] = prefill_refusal(model, held, begun)
+        after["prefill_refusal"] = prefill_refusal(model, validation, begun, trainer.best)
     shift = effect(model, token)
     result = {
         "key": key,
@@ -132,12 +144,10 @@ def align(
         "data": {
             "train": dict(Counter(s.record.group for s in kept)),
             "validation": dict(Counter(r.group for r in held.records)),
+            "validation_with_opening": len(begun),
             "refusal": Counter(s.target for s in kept if s.record.label == "harmful").most_common(1)[0][0],
         },
-        "validation": {
-            "before": summary(validate(model, held, None)),
-            "after": next(h for h in trainer.history if h.get("harmonic_mean") == trainer.best_score),
-        },
+        "validation": {"before": before, "after": after},
         "effect_kl": shift,
         "pilots": pilots,
         "cost": {

@@ -42,6 +42,8 @@ CALIBRATION_SHARE = 0.2  # of the radius
 MAX_PREFIX = 12  # tokens that a reply may have begun with, for the goal `refuse`
 PREFIX_SHARE = 0.5  # of such samples in a batch
 VALIDATION_TOKENS = 5  # enough words to see a refusal begin
+PREFILL = 5  # tokens of the untouched model's opening that validation makes a reply begin with
+GOING_ON = 8  # tokens after these, enough to see a refusal begin
 
 
 class TrainingSet:
@@ -216,6 +218,20 @@ def validate(model: Model, examples: Examples, vectors: Tensor | None) -> dict[G
                 words = model.tokenizer.decode(row.ids, skip_special_tokens=True)
                 found[examples.group(i)].append(Look(score, is_refusal(words)))
     return found
+
+
+@torch.inference_mode()
+def prefill_refusal(model: Model, examples: Examples, begun: dict[int, Ids], vectors: Tensor | None = None) -> float:
+    """How often a reply made to begin with `begun`, by index, goes on as a refusal; NaN where there is nothing to begin with."""
+    rows = [Row(i, GOING_ON) for i in begun]
+    with slot(model, vectors), progress("after a compliant opening", len(rows)) as advance:
+        for chunk in by_length([examples.lengths[row.index] for row in rows], 48):
+            batch = [rows[place] for place in chunk]
+            tails = [examples.tails[row.index] + begun[row.index] for row in batch]
+            decode(model, tails, examples.past([row.index for row in batch]), batch, vectors=vectors)
+            advance(len(batch))
+    refused = [is_refusal(model.tokenizer.decode(row.ids, skip_special_tokens=True)) is True for row in rows]
+    return sum(refused) / len(refused) if refused else math.nan
 
 
 def summary(looks: dict[Group, list[Look]]) -> dict[str, float]:
