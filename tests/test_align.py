@@ -22,7 +22,7 @@ from trimtab.refusal import is_refusal
 from trimtab.run import read_json
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.optimiser import NaturalGradient
-from trimtab.softtoken.targets import deciding_tokens
+from trimtab.softtoken.targets import STARTERS, deciding_tokens
 from trimtab.softtoken.train import (
     MAX_LENGTH,
     MAX_PREFIX,
@@ -327,7 +327,10 @@ def test_an_expert_is_validated_behind_openings_too(
     token = tt.align(model, records(), out=tmp_path, settings=settings)
     manifest = read_json(tmp_path / "manifest.json")
     prompts = [r.prompt for r in records() if r.label == "harmful" and r.split == "validation"]
-    begun = [naive_reply(model, render(model, prompt).ids, 5) for prompt in prompts]
+    own = [naive_reply(model, render(model, prompt).ids, 5) for prompt in prompts]
+    # Every other time behind the words of a prefill attack.
+    attacks = [reply_ids(model, words) for words in STARTERS]
+    begun = [(*(attacks[i // 2 % len(attacks)] if i % 2 else ()), *words) for i, words in enumerate(own)]
     assert manifest["data"]["validation_with_opening"] == len(begun)
 
     def rate(vectors: torch.Tensor | None) -> float:

@@ -26,6 +26,7 @@ from trimtab.errors import ArtefactError, ConfigError, DataError, ModelError, No
 from trimtab.models import Model, cache_dir
 from trimtab.neuron import deep_alignment
 from trimtab.neuron.deep_alignment import (
+    STARTERS,
     ExpertSettings,
     Trainer,
     TrainingSet,
@@ -109,9 +110,11 @@ def test_tasks_depend_on_seed_step_and_request_alone(model: Model) -> None:
     assert len(places) >= 80
 
 
-def test_half_of_the_refusals_follow_an_opening_of_any_length(model: Model) -> None:
+def test_half_of_the_refusals_follow_an_opening_of_any_length_half_of_these_behind_a_prefill_attack(
+    model: Model,
+) -> None:
     data = training_set(model)
-    seen = set()
+    own, led = set(), 0
     for i, opening in data.openings.items():
         base = render(model, data.examples.records[i].chat).ids
         begun = 0
@@ -119,31 +122,45 @@ def test_half_of_the_refusals_follow_an_opening_of_any_length(model: Model) -> N
             read, reply = data.task(i, step)
             assert read[: len(base)] == base == data.prompts[i]
             prefix = read[len(base) :]
-            assert prefix == opening[: len(prefix)]
             words = " Sorry, no." if prefix else "Sorry, no."
             assert reply == reply_ids(model, words, end=True)
-            seen.add(len(prefix))
             begun += bool(prefix)
+            if prefix == opening[: len(prefix)]:
+                own.add(len(prefix))
+            else:  # the attack cut short, or whole and then the opening, cut short too
+                led += 1
+                assert any(prefix == (*starter, *opening)[: len(prefix)] for starter in data.starters), (
+                    model.tokenizer.decode(prefix)
+                )
         assert 150 < begun < 250
-    assert seen == set(range(SHORT.max_prefix + 1))
+    assert own == set(range(SHORT.max_prefix + 1))
+    assert 0.2 < led / (400 * len(data.openings)) < 0.3
 
 
-def test_no_opening_is_longer_than_asked_and_benign_requests_have_none(model: Model) -> None:
+def test_no_opening_is_longer_than_asked_and_half_of_the_answers_follow_a_prefill_attack(model: Model) -> None:
     data = training_set(model)
-    harmful = data.examples.indices("harmful")
+    harmful, anchored = data.examples.indices("harmful"), sorted(data.reference)
     assert set(data.openings) <= set(harmful)
     for i, opening in data.openings.items():
         assert list(opening) == naive_reply(model, data.prompts[i], SHORT.max_prefix)
-    benign = data.examples.indices("plain")[0]
-    assert {data.task(benign, step) for step in range(50)} == {(data.prompts[benign], data.replies[benign])}
+    begun = 0
+    for i in anchored:
+        base = render(model, data.examples.records[i].chat).ids
+        assert {data.task(i, step) for step in range(50)} == {(data.prompts[i], data.replies[i])}
+        assert data.prompts[i][: len(base)] == base
+        if prefix := data.prompts[i][len(base) :]:
+            begun += 1
+            assert any(starter[: len(prefix)] == prefix for starter in data.starters)
+    assert begun == len(anchored) // 2 > 0
     never = training_set(model, SHORT.model_copy(update={"prefix_share": 0.0}))
-    assert all(never.task(i, step)[0] == never.prompts[i] for i in harmful for step in range(50))
+    for i in (*harmful, *anchored):
+        assert {never.task(i, step)[0] for step in range(50)} == {render(model, never.examples.records[i].chat).ids}
 
 
 def test_a_benign_answer_is_the_models_own(model: Model) -> None:
     data = training_set(model)
     for i in data.examples.indices("plain"):
-        own = naive_reply(model, data.prompts[i], SHORT.reply_tokens + 1)
+        own = naive_reply(model, render(model, data.examples.records[i].chat).ids, SHORT.reply_tokens + 1)
         words = model.tokenizer.decode(own, skip_special_tokens=True)
         assert data.replies[i] == reply_ids(model, words, end=True)[: SHORT.reply_tokens]
         assert i in data.reference
@@ -280,9 +297,10 @@ def test_the_expert_learns_to_refuse_at_once_and_late_while_answers_stay(model: 
     assert found["before"]["harmful_refusal"] == found["before"]["prefill_refusal"] == 0.0
     assert min(found["after"][rate] for rate in ("harmful_refusal", "prefill_refusal", "benign_compliance")) > 0.6
 
-    # The same by slow decoding with the saved adapter.
+    # The same by slow decoding with the saved adapter; every other opening behind a prefill attack.
     prompts = [render(model, r.chat).ids for r in train if r.label == "harmful"]
-    begun = [(*ids, *naive_reply(model, ids, 5)) for ids in prompts]
+    attack = reply_ids(model, STARTERS[0])
+    begun = [(*ids, *(attack if i % 2 else ()), *naive_reply(model, ids, 5)) for i, ids in enumerate(prompts)]
     expert = load_adapter(tmp_path, model)
     with speaking(expert):
         replies = [[naive_reply(expert, ids, n) for ids in rows] for rows, n in ((prompts, 5), (begun, 8))]

@@ -6,7 +6,8 @@ alignment teaches a refusal that may begin late. In one step, with x a request a
     L = (1 - lambda) * mean_h -log p(refusal | x_h, o_h)  +  lambda * mean_b KL(p_0(. | x_b, y_b) || p(. | x_b, y_b))
 
 o_h is empty or, with probability `prefix_share`, the first k ~ U{1..max_prefix} tokens that the untouched model p_0
-would itself answer with; only the refusal's tokens are in the loss. Benign requests that p_0 refuses are trained towards
+would itself answer with, half of the time behind the words that prefill attacks begin with ("Sure, here is ..."); only the refusal's tokens are in
+the loss. Half of the benign requests come with such words too (in y_b, outside of the loss), or the words alone would be refused. Benign requests that p_0 refuses are trained towards
 an answer by likelihood instead. The published recipe takes openings from a data set of harmful answers and trains all
 weights; the base's own openings need no such data, and are what the expert hears when it guards this base. They live in
 memory alone: never written to disk, never logged.
@@ -50,8 +51,16 @@ from trimtab.run import (
 )
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
-from trimtab.softtoken.targets import TEMPLATES, choose_refusal, collect, openings, own_words
-from trimtab.softtoken.train import PREFILL, batches, padded, prefill_refusal, references, summary, validate
+from trimtab.softtoken.targets import STARTERS, TEMPLATES, choose_refusal, collect, openings, own_words
+from trimtab.softtoken.train import (
+    batches,
+    compliant_openings,
+    padded,
+    prefill_refusal,
+    references,
+    summary,
+    validate,
+)
 
 WARM_UP = 10  # steps
 CHECKPOINT_EVERY = 10  # steps that a kill may cost
@@ -109,7 +118,7 @@ def train_expert(
     cost = Cost()
     data = TrainingSet(model, Examples(model, train, "reading prompts"), settings)
     held = Examples(model, validation, "reading validation prompts")
-    begun = openings(model, own_words(model, held, PREFILL), PREFILL)
+    begun = compliant_openings(model, held)
     before = look(model, held, begun)
     prepared = cost.record("")["seconds"]
     with attached(model, config, settings.seed) as expert:
@@ -152,7 +161,7 @@ class TrainingSet:
     """Requests with what is to be said to each, and what the untouched model thinks of it.
 
     Attributes:
-        examples: requests that have something to be learned. prompts: their ids, whole.
+        examples: requests that have something to be learned. prompts: their ids, whole, and those of half of the benign replies' beginnings.
         replies: ids in the loss, ended by the end-of-turn id where the reply ends.
         openings: compliant beginnings, by index. late: ids of the refusal that follows one.
         reference: the untouched model's distributions over the reply, by index, for samples anchored to it by KL.
@@ -182,7 +191,18 @@ class TrainingSet:
         self.late = reply_ids(model, " " + self.refusal, end=True)
         self.length = max(k, *map(len, [*self.replies, self.late]))
         own = [i for i, r in enumerate(self.examples.records) if r.id in answers and answers[r.id][1]]
-        self.reference = references(model, self.examples, self.replies, own, k)
+        self.starters = [reply_ids(model, words) for words in STARTERS]
+        draw = random.Random(settings.seed)
+        started = draw.sample(own, len(own) // 2) if settings.prefix_share else []
+        led = {i: self._started((), draw) for i in sorted(started)}
+        for i, words in led.items():
+            self.prompts[i] += words
+        self.reference = references(model, self.examples, self.replies, own, k, led)
+
+    def _started(self, opening: Ids, draw: random.Random) -> Ids:
+        """The words of a prefill attack and an opening, cut anywhere."""
+        whole = draw.choice(self.starters) + opening
+        return whole[: draw.randint(1, len(whole))]
 
     def task(self, index: int, step: int) -> tuple[Ids, Ids]:
         """What is read at this step, and what is to be said then.
@@ -191,7 +211,8 @@ class TrainingSet:
         """
         opening, draw = self.openings.get(index), random.Random(f"{self.settings.seed}/{step}/{index}")
         if opening and draw.random() < self.settings.prefix_share:
-            return self.prompts[index] + opening[: draw.randint(1, len(opening))], self.late
+            begun = opening[: draw.randint(1, len(opening))]
+            return self.prompts[index] + (self._started(begun, draw) if draw.random() < 0.5 else begun), self.late
         return self.prompts[index], self.replies[index]
 
 

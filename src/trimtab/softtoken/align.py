@@ -20,8 +20,16 @@ from trimtab.prompts.sources import require_both_labels, split_records
 from trimtab.run import Cost, claim, console, create, digest, environment, progress, write_json
 from trimtab.softtoken.artifact import SoftToken, effect
 from trimtab.softtoken.examples import Examples
-from trimtab.softtoken.targets import collect, openings, own_words
-from trimtab.softtoken.train import MAX_PREFIX, PREFILL, Trainer, TrainingSet, prefill_refusal, summary, validate
+from trimtab.softtoken.targets import collect
+from trimtab.softtoken.train import (
+    MAX_PREFIX,
+    Trainer,
+    TrainingSet,
+    compliant_openings,
+    prefill_refusal,
+    summary,
+    validate,
+)
 
 VALIDATION_PROMPTS = 300  # at most; every look decodes the beginnings of that many replies
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps
@@ -127,7 +135,7 @@ def align(
     token = SoftToken.of(model, trainer.best, position)
     before = summary(validate(model, held, None))
     after = dict(next(h for h in trainer.history if h.get("harmonic_mean") == trainer.best_score))
-    begun = openings(model, own_words(model, held, PREFILL), PREFILL) if settings.goal == "refuse" else {}
+    begun = compliant_openings(model, held) if settings.goal == "refuse" else {}
     if begun:
         before["prefill_refusal"] = prefill_refusal(model, held, begun)
         after["prefill_refusal"] = prefill_refusal(model, validation, begun, trainer.best)

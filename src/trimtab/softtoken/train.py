@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from trimtab.run import deferred_interrupt, progress, write
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
 from trimtab.softtoken.optimiser import NaturalGradient
-from trimtab.softtoken.targets import deciding_tokens, openings, own_words
+from trimtab.softtoken.targets import STARTERS, deciding_tokens, openings, own_words
 
 Ids = tuple[int, ...]
 
@@ -138,14 +138,20 @@ def batches(examples: Examples, batch: int, seed: int) -> Callable[[int], list[i
 
 
 def references(
-    model: Model, untouched: Examples, replies: Sequence[Ids], anchored: Sequence[int], k: int
+    model: Model,
+    untouched: Examples,
+    replies: Sequence[Ids],
+    anchored: Sequence[int],
+    k: int,
+    begun: Mapping[int, Ids] | None = None,
 ) -> dict[int, Reference]:
-    """What the untouched model thinks at the first `k` places along its own replies, by index, for the samples `anchored` to it."""
+    """What the untouched model thinks at the first `k` places along its own replies, by index, for the samples `anchored` to it; behind what a
+    reply has `begun` with, if anything."""
     found: dict[int, Reference] = {}
     with torch.inference_mode(), progress("the base model's answers", len(anchored)) as advance:
         for chunk in by_length([untouched.lengths[i] for i in anchored], 48):
             rows = [anchored[i] for i in chunk]
-            tails = [untouched.tails[i] + padded(replies[i], k)[:-1] for i in rows]
+            tails = [untouched.tails[i] + (begun or {}).get(i, ()) + padded(replies[i], k)[:-1] for i in rows]
             reference = Reference.of(forward(model, tails, untouched.past(rows), k))
             found |= {i: reference.row(row) for row, i in enumerate(rows)}
             advance(len(rows))
@@ -218,6 +224,16 @@ def validate(model: Model, examples: Examples, vectors: Tensor | None) -> dict[G
                 words = model.tokenizer.decode(row.ids, skip_special_tokens=True)
                 found[examples.group(i)].append(Look(score, is_refusal(words)))
     return found
+
+
+def compliant_openings(model: Model, held: Examples) -> dict[int, Ids]:
+    """What validation makes replies to harmful requests begin with: the first words of the untouched model's own, every other time behind those of a
+    prefill attack. By index; nothing for what it refuses."""
+    words = [reply_ids(model, starter) for starter in STARTERS]
+    found = openings(model, own_words(model, held, PREFILL), PREFILL)
+    return {
+        i: (words[place // 2 % len(words)] if place % 2 else ()) + found[i] for place, i in enumerate(sorted(found))
+    }
 
 
 @torch.inference_mode()
