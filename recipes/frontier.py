@@ -31,6 +31,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "at reply": {"position": "reply"},
     "all prompts": {"limit": None, "steps": 160},
     "all prompts, 5 tokens": {"limit": None, "steps": 160, "tokens": 5},
+    "all prompts, 10 tokens": {"limit": None, "steps": 160, "tokens": 10},
     "seed 1": {"seed": 1},
     "seed 2": {"seed": 2},
     "I'm sorry": {"refusal": "I'm sorry, but I can't help with that."},
