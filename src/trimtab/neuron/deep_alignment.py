@@ -30,7 +30,7 @@ from torch import Tensor
 
 from trimtab.chat import reply_ids, template_hash
 from trimtab.config import ExpertSettings, settle
-from trimtab.decoding.engine import Past, Row, common_length, forward
+from trimtab.decoding.engine import Past, Row, by_length, common_length, forward
 from trimtab.errors import NoEffectError, RunError
 from trimtab.models import Model, describe_machine
 from trimtab.neuron.lora import attached, lora_config, save_adapter
@@ -217,7 +217,7 @@ class TrainingSet:
 
 
 def batch_loss(expert: Model, data: TrainingSet, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward pass over `rows`: the loss, and the samples' losses, harmful `[H]` and benign `[B]`.
+    """The loss of a step on `rows`, and the samples' losses, harmful `[H]` and benign `[B]`.
 
     In nats, summed over each reply; the loss is the equation at the top.
     """
@@ -227,20 +227,33 @@ def batch_loss(expert: Model, data: TrainingSet, rows: Sequence[int], step: int)
     past = Past.empty(1, expert.device)
     if shared:
         forward(expert, [tasks[0][0][:shared]], past, 1)
-    tails = [read[shared:] + padded(reply, k)[:-1] for read, reply in tasks]
-    logits = forward(expert, tails, past.repeat(len(rows)), k)
-    targets = torch.tensor([padded(reply, k) for _, reply in tasks], device=logits.device)
-    ends = torch.tensor([len(reply) for _, reply in tasks], device=logits.device)
-    mask = (torch.arange(k, device=logits.device) < ends.unsqueeze(1)).float()
-    losses = reply_nll(logits, targets, mask)
-    if anchored := [row for row, i in enumerate(rows) if i in data.reference]:
-        n = data.settings.reply_tokens
-        reference = Reference.join([data.reference[rows[row]] for row in anchored], n)
-        divergence = kl_to_base(logits[anchored, :n], reference, mask[anchored, :n])
-        losses = losses.index_copy(0, torch.tensor(anchored, device=logits.device), divergence)
-    harmful = torch.tensor([data.examples.group(i) == "harmful" for i in rows], device=logits.device)
+    parts: dict[int, Tensor] = {}
+    # Replies that have begun are much longer: read apart, nobody is padded to their length.
+    for places in by_length([len(read) for read, _ in tasks], math.ceil(len(tasks) / 2)):
+        losses = _losses(expert, data, [(rows[place], *tasks[place]) for place in places], past, shared, k)
+        parts |= dict(zip(places, losses, strict=True))
+    losses = torch.stack([parts[place] for place in range(len(rows))])
+    harmful = torch.tensor([data.examples.group(i) == "harmful" for i in rows], device=losses.device)
     h, b = losses[harmful], losses[~harmful]
     return sta_loss(h, b, benign_weight=data.settings.benign_weight, gamma=0.0), h.detach(), b.detach()
+
+
+def _losses(
+    expert: Model, data: TrainingSet, tasks: Sequence[tuple[int, Ids, Ids]], past: Past, shared: int, k: int
+) -> Tensor:
+    """One forward pass: the losses `[B]` of `(index, what is read, what is to be said)`, of which `past` has read the first `shared` ids."""
+    tails = [read[shared:] + padded(reply, k)[:-1] for _, read, reply in tasks]
+    logits = forward(expert, tails, past.repeat(len(tasks)), k)
+    targets = torch.tensor([padded(reply, k) for _, _, reply in tasks], device=logits.device)
+    ends = torch.tensor([len(reply) for _, _, reply in tasks], device=logits.device)
+    mask = (torch.arange(k, device=logits.device) < ends.unsqueeze(1)).float()
+    losses = reply_nll(logits, targets, mask)
+    if anchored := [row for row, (i, _, _) in enumerate(tasks) if i in data.reference]:
+        n = data.settings.reply_tokens
+        reference = Reference.join([data.reference[tasks[row][0]] for row in anchored], n)
+        divergence = kl_to_base(logits[anchored, :n], reference, mask[anchored, :n])
+        losses = losses.index_copy(0, torch.tensor(anchored, device=logits.device), divergence)
+    return losses
 
 
 class Trainer:
