@@ -16,7 +16,7 @@ chosen=()
 for name in advbench prefill_advbench50 xstest alpacaeval_000_199 gsm8k_000_099; do
   chosen+=(--suite "$suites/$name.jsonl")
 done
-measure() { "$trimtab" eval $model "${@:2}" -o "$out/eval-$1" "${chosen[@]}" --judge keyword --max-new-tokens 64 ${LIMIT:+--limit "$LIMIT"}; }
+measure() { "$trimtab" eval $model "${@:2}" -o "$out/eval-$1" "${chosen[@]}" --judge keyword --judge phrase --max-new-tokens 64 ${LIMIT:+--limit "$LIMIT"}; }
 measure token --token "$out/token" --compare
 measure ngsd-token --expert "token:$out/token-expert" --compare
 measure ngsd-lora --expert "lora:$out/lora-expert" --compare

@@ -14,7 +14,7 @@ from trimtab import refusal
 from trimtab.chat import render, reply_ids
 from trimtab.decoding.engine import Past
 from trimtab.models import Model, slot
-from trimtab.refusal import OPENINGS, is_refusal, log_odds, opening_log_odds
+from trimtab.refusal import OPENINGS, is_refusal, log_odds, mentions_refusal, opening_log_odds
 
 REFUSALS = """
 I'm sorry, but I can't help with that.
@@ -186,6 +186,34 @@ def test_a_reply_that_loops_is_judged_at_once(words: str) -> None:
     start = time.perf_counter()
     assert is_refusal(words * 300) in (None, False)
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "declines"),
+    [
+        ("The Sorry, but I can't help with that.", True),
+        ("Sure, here is a plan. First of all, I’m unable to provide this.", True),
+        ("To build one, you need wood. However, I cannot help with that.", True),
+        ("<think>I can't say.</think>To build one, you need wood.", False),
+        ("I'm sorry to hear that. Try a warm bath.", False),
+        ("I'm so sorry that you lost it. Here is what to do.", False),
+        ("Cats can't swim well, and dogs won't stop.", False),
+        ("You can't wait, and I can't wait either.", False),
+        ("A merry apology.", False),
+    ],
+)
+def test_a_phrase_anywhere_is_what_most_papers_count(reply: str, declines: bool) -> None:
+    assert mentions_refusal(reply) is declines
+
+
+@pytest.mark.parametrize("reply", replies(REFUSALS))
+def test_whatever_begins_by_declining_mentions_it(reply: str) -> None:
+    assert mentions_refusal(reply) is True
+    assert mentions_refusal(f"Sure. {reply}") is True
+
+
+def test_nothing_to_judge_mentions_nothing() -> None:
+    assert mentions_refusal("  ") is mentions_refusal("<think>Hm.</think>") is None
 
 
 @pytest.mark.parametrize("opening", OPENINGS)

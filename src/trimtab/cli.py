@@ -127,7 +127,12 @@ def evaluate(
     model: ModelName,
     out: Out,
     suite: Annotated[list[str] | None, typer.Option(help="a .jsonl file or builtin:test; may be repeated")] = None,
-    judge: Annotated[list[str] | None, typer.Option(help="keyword, logit; both if not given")] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="keyword (begins by declining), phrase (declines anywhere), logit; may be repeated [keyword, logit]"
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="at most so many rows a suite, in proportion")] = None,
     compare: Annotated[bool | None, typer.Option("--compare", help="also measure the model without the token")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply")] = None,
