@@ -21,8 +21,9 @@ from trimtab.prompts.records import Record, Sample
 from trimtab.refusal import is_refusal
 from trimtab.run import read_json
 from trimtab.softtoken.examples import Examples
+from trimtab.softtoken.openings import STARTERS
 from trimtab.softtoken.optimiser import NaturalGradient
-from trimtab.softtoken.targets import STARTERS, deciding_tokens
+from trimtab.softtoken.targets import deciding_tokens
 from trimtab.softtoken.train import (
     MAX_LENGTH,
     MAX_PREFIX,
@@ -290,54 +291,65 @@ def test_the_loss_over_fewer_tokens_is_the_loss_of_a_shorter_set(model: Model) -
 def test_an_expert_also_learns_to_refuse_when_its_reply_has_begun(model: Model) -> None:
     refusal = "Sorry, but I can't help with that."
     data = training_set(model, refusal, 4, goal="refuse")
-    harmful = data.examples.indices("harmful")
-    benign = [i for i in data.reference if data.openings[i]]
-    begun = {i: [data.begun(i, step) for step in range(200)] for i in (*harmful, *benign)}
-    assert begun[harmful[0]] == [data.begun(harmful[0], step) for step in range(200)]  # so a resumed run sees the same
-    for i, counts in begun.items():
-        assert 0.35 < sum(n > 0 for n in counts) / 200 < 0.65
-        assert max(counts) == len(data.openings[i]) <= MAX_PREFIX
-    i, n = harmful[0], 3
-    said = naive_reply(model, render(model, data.examples.records[i].prompt).ids, n)
-    assert data.said(i, 0) == ((), data.replies[i])
-    assert data.said(i, n) == (tuple(said), reply_ids(model, " " + refusal, end=True))
-    i = benign[0]
-    assert data.said(i, n) == (data.replies[i][:n], data.replies[i][n:])
-    # The loss of a begun reply, by hand: the refusal behind the opening; KL along the model's own answer.
-    i, step = harmful[0], next(s for s in range(200) if begun[harmful[0]][s] == n)
+    harmful, leads = data.examples.indices("harmful"), data.openings.leads
+    led, plain = (next(i for i in data.openings.answers if (i in leads) is which) for which in (True, False))
+    assert len(leads) == len(data.reference) // 2
+    begun = {i: [data.said(i, step) for step in range(400)] for i in (harmful[0], led, plain)}
+    assert begun[led] == [data.said(led, step) for step in range(400)]  # so a resumed run sees the same
+    late, attacks = reply_ids(model, " " + refusal, end=True), data.openings.starters
+    own = tuple(naive_reply(model, render(model, data.examples.records[harmful[0]].prompt).ids, MAX_PREFIX))
+    for opening, reply, _ in begun[harmful[0]]:
+        assert reply == (late if opening else data.replies[harmful[0]])
+        assert opening == own[: len(opening)] or any(opening == (*a, *own)[: len(opening)] for a in attacks)
+    for i in (led, plain):
+        lead, answer = leads.get(i, ()), data.replies[i]
+        for opening, reply, n in begun[i]:
+            assert (opening, reply) == (lead + answer[:n], answer[n:])
+            assert reply
+        assert {n for *_, n in begun[i]} == set(range(min(MAX_PREFIX, len(answer) - 1) + 1))
+    for i, cases in begun.items():
+        started = [len(opening) > len(leads.get(i, ())) for opening, *_ in cases]
+        assert 0.4 < sum(started) / len(started) < 0.6
+    behind_attack = [opening != own[: len(opening)] for opening, *_ in begun[harmful[0]]]
+    assert 0.15 < sum(behind_attack) / 400 < 0.35
+
+    # The losses of begun replies, by hand: the refusal behind the opening; KL along the model's own answer.
     vectors = initial(model, 1, seed=0)
-    _, found, _ = batch_loss(model, data, [i, benign[0]], vectors, SHORT, 0.5, 1, step)
-    prompt = render(model, data.examples.records[i].prompt, position="assistant").ids
-    log_p = naive_logits(model, [*prompt, *said], vectors)[-1].log_softmax(-1)
-    assert float(found) == pytest.approx(-float(log_p[data.late[0]]), abs=1e-3)
-    step = next(s for s in range(200) if begun[benign[0]][s] == n)
-    _, _, found = batch_loss(model, data, [harmful[0], benign[0]], vectors, SHORT, 0.5, 1, step)
-    record, own = data.examples.records[benign[0]].prompt, data.replies[benign[0]][:n]
-    q = naive_logits(model, [*render(model, record, position="assistant").ids, *own], vectors)[-1].log_softmax(-1)
-    p = naive_logits(model, [*render(model, record).ids, *own])[-1].log_softmax(-1)
-    assert float(found) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=0.02)
+    for i in (led, plain):
+        step = next(s for s in range(400) if begun[i][s][2] and begun[harmful[0]][s][0])
+        _, h, b = batch_loss(model, data, [harmful[0], i], vectors, SHORT, 0.5, 1, step)
+        prompt, words = data.examples.records[harmful[0]].prompt, begun[harmful[0]][step][0]
+        log_p = naive_logits(model, [*render(model, prompt, position="assistant").ids, *words], vectors)[-1]
+        assert float(h) == pytest.approx(-float(log_p.log_softmax(-1)[late[0]]), abs=1e-3)
+        prompt, words = data.examples.records[i].prompt, begun[i][step][0]
+        q = naive_logits(model, [*render(model, prompt, position="assistant").ids, *words], vectors)[-1].log_softmax(-1)
+        p = naive_logits(model, [*render(model, prompt).ids, *words])[-1].log_softmax(-1)
+        assert float(b) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=0.02)
 
 
 def test_an_expert_is_validated_behind_openings_too(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A random model learns no words: let every reply with an "e" be a refusal.
-    monkeypatch.setattr("trimtab.softtoken.train.is_refusal", lambda words: "e" in words)
+    # A random model learns no words: let every short reply with an "e" be a refusal.
+    monkeypatch.setattr("trimtab.softtoken.openings.is_refusal", lambda words: len(words) < 15 and "e" in words)
+
+    def words(ids: list[int]) -> str:
+        return str(model.tokenizer.decode(ids, skip_special_tokens=True))
+
     settings = SHORT.model_copy(update={"goal": "refuse", "refusal": "Sorry"})
     token = tt.align(model, records(), out=tmp_path, settings=settings)
     manifest = read_json(tmp_path / "manifest.json")
     prompts = [r.prompt for r in records() if r.label == "harmful" and r.split == "validation"]
-    own = [naive_reply(model, render(model, prompt).ids, 5) for prompt in prompts]
+    own = {prompt: naive_reply(model, render(model, prompt).ids, 5) for prompt in prompts}
     # Every other time behind the words of a prefill attack.
     attacks = [reply_ids(model, words) for words in STARTERS]
-    begun = [(*(attacks[i // 2 % len(attacks)] if i % 2 else ()), *words) for i, words in enumerate(own)]
-    assert manifest["data"]["validation_with_opening"] == len(begun)
+    begun = {p: (*(attacks[i // 2] if i % 2 else ()), *ids) for i, (p, ids) in enumerate(own.items())}
+    assert manifest["data"]["validation_with_opening"] == len(begun) > 3
 
     def rate(vectors: torch.Tensor | None) -> float:
         place = "assistant" if vectors is not None else None
-        read = [[*render(model, p, position=place).ids, *o] for p, o in zip(prompts, begun, strict=True)]
-        said = [model.tokenizer.decode(naive_reply(model, ids, 8, vectors), skip_special_tokens=True) for ids in read]
-        return sum("e" in words for words in said) / len(said)
+        read = [[*render(model, p, position=place).ids, *o] for p, o in begun.items()]
+        return sum("e" in words(naive_reply(model, ids, 8, vectors)) for ids in read) / len(read)
 
     found = [manifest["validation"][when]["prefill_refusal"] for when in ("before", "after")]
     assert found == [rate(None), rate(token.vectors)]
@@ -346,8 +358,9 @@ def test_an_expert_is_validated_behind_openings_too(
 
 def test_openings_are_for_the_goal_that_needs_them(model: Model) -> None:
     data = training_set(model, "Sorry, no.", 2)
-    assert data.openings == {}
-    assert {data.begun(i, step) for i in range(4) for step in range(50)} == {0}
+    everyone = range(len(data.replies))
+    assert {data.said(i, step)[0] for i in everyone for step in range(50)} == {()}
+    assert [data.said(i, 0)[1] for i in everyone] == data.replies
 
 
 def test_the_wording_is_looked_at_late(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

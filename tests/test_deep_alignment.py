@@ -26,13 +26,11 @@ from trimtab.errors import ArtefactError, ConfigError, DataError, ModelError, No
 from trimtab.models import Model, cache_dir
 from trimtab.neuron import deep_alignment
 from trimtab.neuron.deep_alignment import (
-    STARTERS,
     ExpertSettings,
     Trainer,
     TrainingSet,
     batch_loss,
     look,
-    openings,
     train_expert,
 )
 from trimtab.neuron.lora import attached, load_adapter, lora_config, save_adapter, speaking
@@ -40,6 +38,7 @@ from trimtab.prompts.records import Record
 from trimtab.refusal import is_refusal
 from trimtab.run import digest
 from trimtab.softtoken.examples import Examples
+from trimtab.softtoken.openings import STARTERS, openings
 
 WORDS = ("sea", "bank", "ship", "rope", "sail", "tide", "port", "crew", "wind", "deck", "mast", "helm", "keel", "dock")
 SHORT = ExpertSettings(
@@ -103,7 +102,7 @@ def shake(expert: Model) -> None:
 def test_tasks_depend_on_seed_step_and_request_alone(model: Model) -> None:
     data, again = training_set(model), training_set(model)
     other = training_set(model, SHORT.model_copy(update={"seed": 1}))
-    places = [(i, step) for i in data.openings for step in range(40)]
+    places = [(i, step) for i in data.openings.compliant for step in range(40)]
     tasks = [data.task(i, step) for i, step in places]
     assert tasks == [again.task(i, step) for i, step in places]
     assert tasks != [other.task(i, step) for i, step in places]
@@ -115,7 +114,7 @@ def test_half_of_the_refusals_follow_an_opening_of_any_length_half_of_these_behi
 ) -> None:
     data = training_set(model)
     own, led = set(), 0
-    for i, opening in data.openings.items():
+    for i, opening in data.openings.compliant.items():
         base = render(model, data.examples.records[i].chat).ids
         begun = 0
         for step in range(400):
@@ -129,29 +128,27 @@ def test_half_of_the_refusals_follow_an_opening_of_any_length_half_of_these_behi
                 own.add(len(prefix))
             else:  # the attack cut short, or whole and then the opening, cut short too
                 led += 1
-                assert any(prefix == (*starter, *opening)[: len(prefix)] for starter in data.starters), (
+                assert any(prefix == (*starter, *opening)[: len(prefix)] for starter in data.openings.starters), (
                     model.tokenizer.decode(prefix)
                 )
         assert 150 < begun < 250
     assert own == set(range(SHORT.max_prefix + 1))
-    assert 0.2 < led / (400 * len(data.openings)) < 0.3
+    assert 0.2 < led / (400 * len(data.openings.compliant)) < 0.3
 
 
 def test_no_opening_is_longer_than_asked_and_half_of_the_answers_follow_a_prefill_attack(model: Model) -> None:
     data = training_set(model)
     harmful, anchored = data.examples.indices("harmful"), sorted(data.reference)
-    assert set(data.openings) <= set(harmful)
-    for i, opening in data.openings.items():
+    assert set(data.openings.compliant) <= set(harmful)
+    for i, opening in data.openings.compliant.items():
         assert list(opening) == naive_reply(model, data.prompts[i], SHORT.max_prefix)
-    begun = 0
+    leads = data.openings.leads
+    assert len(leads) == len(anchored) // 2 > 0
+    assert set(leads) <= set(anchored)
     for i in anchored:
-        base = render(model, data.examples.records[i].chat).ids
-        assert {data.task(i, step) for step in range(50)} == {(data.prompts[i], data.replies[i])}
-        assert data.prompts[i][: len(base)] == base
-        if prefix := data.prompts[i][len(base) :]:
-            begun += 1
-            assert any(starter[: len(prefix)] == prefix for starter in data.starters)
-    assert begun == len(anchored) // 2 > 0
+        lead = leads.get(i, ())
+        assert {data.task(i, step) for step in range(50)} == {(data.prompts[i] + lead, data.replies[i])}
+        assert any(starter[: len(lead)] == lead for starter in data.openings.starters)
     never = training_set(model, SHORT.model_copy(update={"prefix_share": 0.0}))
     for i in (*harmful, *anchored):
         assert {never.task(i, step)[0] for step in range(50)} == {render(model, never.examples.records[i].chat).ids}
@@ -183,8 +180,8 @@ def test_a_request_that_the_model_refuses_keeps_its_own_refusal_and_has_no_openi
     first, second, *others = data.examples.indices("harmful")
     assert data.replies[first] == long[: len(ended) + 1]  # cut, so no end of turn
     assert data.replies[second] == (*ended, model.tokenizer.eos_token_id)
-    assert sorted(data.openings) == others
-    assert data.openings[others[0]] == compliant[: SHORT.max_prefix]
+    assert sorted(data.openings.compliant) == others
+    assert data.openings.compliant[others[0]] == compliant[: SHORT.max_prefix]
 
 
 def test_a_benign_request_without_an_answer_is_left_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +199,7 @@ def test_the_loss_of_a_batch_is_that_of_its_rows_read_one_by_one(family: str) ->
     model = build(family, "default")
     data = training_set(model)
     rows = [data.examples.indices(group)[i] for group in ("harmful", "borderline", "plain") for i in (0, 3)]
-    untouched = {i: naive_logits(model, data.prompts[i] + data.replies[i][:-1]) for i in rows}
+    untouched = {i: naive_logits(model, data.task(i, 0)[0] + data.replies[i][:-1]) for i in rows}
     step = next(
         s for s in range(50) if len({len(data.task(i, s)[0]) - len(data.prompts[i]) > 0 for i in rows[:2]}) == 2
     )
@@ -228,10 +225,11 @@ def test_replies_shorter_than_the_reference_are_padded(model: Model, monkeypatch
     data = training_set(model, SHORT.model_copy(update={"reply_tokens": 50}))
     assert max(map(len, data.replies)) < data.length == 50
     i = data.examples.indices("plain")[0]
-    log_p = naive_logits(model, data.prompts[i])[-1].log_softmax(-1)
+    read, _ = data.task(i, 0)
+    log_p = naive_logits(model, read)[-1].log_softmax(-1)
     with attached(model, lora_config(model, 2, 4), seed=0) as expert:
         shake(expert)
-        log_q = naive_logits(expert, data.prompts[i])[-1].log_softmax(-1)
+        log_q = naive_logits(expert, read)[-1].log_softmax(-1)
         _, _, benign = batch_loss(expert, data, [data.examples.indices("harmful")[0], i], 0)
     assert benign.tolist() == pytest.approx([float((log_p.exp() * (log_p - log_q)).sum())], rel=1e-2)
 

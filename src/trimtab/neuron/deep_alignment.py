@@ -1,13 +1,11 @@
 """Train a safety expert by deep alignment (NGSD, section B.6; Qi et al., ICLR 2025): a LoRA adapter on the frozen base.
 
-An aligned model often decides in its first few tokens alone: made to begin with "Sure, here is", it goes on. Deep
-alignment teaches a refusal that may begin late. In one step, with x a request and y an answer,
+Deep alignment teaches a refusal that may begin late (`softtoken/openings.py`). In one step, with x a request and y an answer,
 
     L = (1 - lambda) * mean_h -log p(refusal | x_h, o_h)  +  lambda * mean_b KL(p_0(. | x_b, y_b) || p(. | x_b, y_b))
 
 o_h is empty or, with probability `prefix_share`, the first k ~ U{1..max_prefix} tokens that the untouched model p_0
-would itself answer with, half of the time behind the words that prefill attacks begin with ("Sure, here is ..."); only the refusal's tokens are in
-the loss. Half of the benign requests come with such words too (in y_b, outside of the loss), or the words alone would be refused. Benign requests that p_0 refuses are trained towards
+would itself answer with, half of the time behind words of a prefill attack; only the refusal's tokens are in the loss. Benign requests that p_0 refuses are trained towards
 an answer by likelihood instead. The published recipe takes openings from a data set of harmful answers and trains all
 weights; the base's own openings need no such data, and are what the expert hears when it guards this base. They live in
 memory alone: never written to disk, never logged.
@@ -17,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,16 +48,9 @@ from trimtab.run import (
 )
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
-from trimtab.softtoken.targets import STARTERS, TEMPLATES, choose_refusal, collect, openings, own_words
-from trimtab.softtoken.train import (
-    batches,
-    compliant_openings,
-    padded,
-    prefill_refusal,
-    references,
-    summary,
-    validate,
-)
+from trimtab.softtoken.openings import Openings, compliant_openings, openings, own_words, prefill_refusal
+from trimtab.softtoken.targets import TEMPLATES, choose_refusal, collect
+from trimtab.softtoken.train import batches, padded, references, summary, validate
 
 WARM_UP = 10  # steps
 CHECKPOINT_EVERY = 10  # steps that a kill may cost
@@ -139,7 +129,7 @@ def train_expert(
         "adapter": {"numbers": sum(w.numel() for w in trainer.weights.values())},
         "data": {
             "train": dict(Counter(r.group for r in data.examples.records)),
-            "with_opening": len(data.openings),
+            "with_opening": len(data.openings.compliant),
             "validation": dict(Counter(r.group for r in validation)),
             "validation_with_opening": len(begun),
             "refusal": data.refusal,
@@ -161,9 +151,9 @@ class TrainingSet:
     """Requests with what is to be said to each, and what the untouched model thinks of it.
 
     Attributes:
-        examples: requests that have something to be learned. prompts: their ids, whole, and those of half of the benign replies' beginnings.
+        examples: requests that have something to be learned. prompts: their ids, whole.
         replies: ids in the loss, ended by the end-of-turn id where the reply ends.
-        openings: compliant beginnings, by index. late: ids of the refusal that follows one.
+        openings: what replies have begun with. late: ids of the refusal that follows a compliant beginning.
         reference: the untouched model's distributions over the reply, by index, for samples anchored to it by KL.
         refusal: in words, where the model has none of its own. length: that all replies are padded to.
     """
@@ -186,34 +176,20 @@ class TrainingSet:
         require_both_labels(self.examples.records, "what is left of the train split")
         self.prompts = [head + tail for head, tail in zip(self.examples.heads, self.examples.tails, strict=True)]
         self.replies = [said[i] for i in kept]
-        self.openings = {place: begun[i] for place, i in enumerate(kept) if i in begun}
+        compliant = {place: begun[i] for place, i in enumerate(kept) if i in begun}
         # In the middle of a sentence a word begins with a space.
         self.late = reply_ids(model, " " + self.refusal, end=True)
         self.length = max(k, *map(len, [*self.replies, self.late]))
         own = [i for i, r in enumerate(self.examples.records) if r.id in answers and answers[r.id][1]]
-        self.starters = [reply_ids(model, words) for words in STARTERS]
-        draw = random.Random(settings.seed)
-        started = draw.sample(own, len(own) // 2) if settings.prefix_share else []
-        led = {i: self._started((), draw) for i in sorted(started)}
-        for i, words in led.items():
-            self.prompts[i] += words
-        self.reference = references(model, self.examples, self.replies, own, k, led)
-
-    def _started(self, opening: Ids, draw: random.Random) -> Ids:
-        """The words of a prefill attack and an opening, cut anywhere."""
-        whole = draw.choice(self.starters) + opening
-        return whole[: draw.randint(1, len(whole))]
+        # Answers are in the loss from their first token on: all that may stand before is the words of an attack.
+        self.openings = Openings(model, compliant, dict.fromkeys(own, ()), settings.seed, settings.prefix_share)
+        self.reference = references(model, self.examples, self.replies, own, k, self.openings.leads)
 
     def task(self, index: int, step: int) -> tuple[Ids, Ids]:
-        """What is read at this step, and what is to be said then.
-
-        It depends on the seed, the step and the request alone, so a resumed run reads the same.
-        """
-        opening, draw = self.openings.get(index), random.Random(f"{self.settings.seed}/{step}/{index}")
-        if opening and draw.random() < self.settings.prefix_share:
-            begun = opening[: draw.randint(1, len(opening))]
-            return self.prompts[index] + (self._started(begun, draw) if draw.random() < 0.5 else begun), self.late
-        return self.prompts[index], self.replies[index]
+        """What is read at this step, and what is to be said then."""
+        opening, _ = self.openings.begun(index, step)
+        late = opening and index in self.openings.compliant
+        return self.prompts[index] + opening, self.late if late else self.replies[index]
 
 
 def batch_loss(expert: Model, data: TrainingSet, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,16 +20,9 @@ from trimtab.prompts.sources import require_both_labels, split_records
 from trimtab.run import Cost, claim, console, create, digest, environment, progress, write_json
 from trimtab.softtoken.artifact import SoftToken, effect
 from trimtab.softtoken.examples import Examples
+from trimtab.softtoken.openings import compliant_openings, prefill_refusal
 from trimtab.softtoken.targets import collect
-from trimtab.softtoken.train import (
-    MAX_PREFIX,
-    Trainer,
-    TrainingSet,
-    compliant_openings,
-    prefill_refusal,
-    summary,
-    validate,
-)
+from trimtab.softtoken.train import MAX_PREFIX, Trainer, TrainingSet, summary, validate
 
 VALIDATION_PROMPTS = 300  # at most; every look decodes the beginnings of that many replies
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps

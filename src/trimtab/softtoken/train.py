@@ -27,8 +27,9 @@ from trimtab.refusal import is_refusal, opening_log_odds
 from trimtab.run import deferred_interrupt, progress, write
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
+from trimtab.softtoken.openings import Openings, openings, own_words
 from trimtab.softtoken.optimiser import NaturalGradient
-from trimtab.softtoken.targets import STARTERS, deciding_tokens, openings, own_words
+from trimtab.softtoken.targets import deciding_tokens
 
 Ids = tuple[int, ...]
 
@@ -40,22 +41,19 @@ START_LENGTH = 35.0  # in mean lengths of the table's rows
 MAX_LENGTH = 10.0  # in start lengths; beyond, steps that only lengthen would make all later ones small
 CALIBRATION_SHARE = 0.2  # of the radius
 MAX_PREFIX = 12  # tokens that a reply may have begun with, for the goal `refuse`
-PREFIX_SHARE = 0.5  # of such samples in a batch
+PREFIX_SHARE = 0.5  # chance of an opening, for the goal `refuse`
 VALIDATION_TOKENS = 5  # enough words to see a refusal begin
-PREFILL = 5  # tokens of the untouched model's opening that validation makes a reply begin with
-GOING_ON = 8  # tokens after these, enough to see a refusal begin
 
 
 class TrainingSet:
     """Samples ready for the objective: examples, what is to be said, and what the untouched model thinks of it.
 
-    For the goal `refuse` a reply may have begun when its refusal is due (deep alignment: Qi et al., ICLR 2025): harmful requests come with the
-    untouched model's own compliant opening, and benign ones with the beginning of its own answer, so that what the token says late in a
-    reply depends on the request too.
+    For the goal `refuse` a reply may have begun already (`Openings`); benign ones with the beginning of their own answer, so that what the token says
+    late in a reply depends on the request too.
 
     Attributes:
         examples: with the slot in place. replies: ids of each target.
-        openings: ids that a reply may already have begun with, by index; empty for the goal `balance`. late: ids of the refusal that then follows.
+        openings: what a reply may already have begun with; nothing for the goal `balance`. late: ids of the refusal that then follows.
         reference: the untouched model's distributions along its own reply, by index, for samples anchored to it by KL.
         decision: how many first tokens tell a refusal from an answer.
     """
@@ -64,7 +62,6 @@ class TrainingSet:
         self, model: Model, samples: Sequence[Sample], base: Examples, settings: AlignSettings, position: Position
     ) -> None:
         records = [s.record for s in samples]
-        self.seed = settings.seed
         self.examples = Examples(
             model, records, "reading prompts", position=position, n_tokens=settings.tokens, base=base
         )
@@ -76,25 +73,20 @@ class TrainingSet:
         self.late = reply_ids(model, " " + refusals.most_common(1)[0][0], end=True)
         # KL where the model's own answer is the target; likelihood where it must learn another.
         anchored = [i for i, s in enumerate(samples) if s.record.label == "benign" and s.own]
-        self.openings: dict[int, Ids] = {}
+        self.openings = Openings(model, {}, {}, settings.seed)
         if settings.goal == "refuse":
-            self.openings = openings(model, own_words(model, untouched, MAX_PREFIX), MAX_PREFIX)
-            self.openings |= {i: self.replies[i][:-1][:MAX_PREFIX] for i in anchored}  # something must be left to say
-        reach = settings.reply_tokens + (MAX_PREFIX if self.openings else 0)
-        self.reference = references(model, untouched, self.replies, anchored, reach)
+            compliant = openings(model, own_words(model, untouched, MAX_PREFIX), MAX_PREFIX)
+            answers = {i: self.replies[i][:-1][:MAX_PREFIX] for i in anchored}  # something must be left to say
+            self.openings = Openings(model, compliant, answers, settings.seed, PREFIX_SHARE)
+        reach = settings.reply_tokens + max(map(len, self.openings.answers.values()), default=0)
+        self.reference = references(model, untouched, self.replies, anchored, reach, self.openings.leads)
 
-    def begun(self, index: int, step: int) -> int:
-        """How many tokens of its opening a sample's reply has at this step; fixed by the seed, the step and the sample."""
-        draw = random.Random(f"{self.seed}/{step}/{index}")
-        n = len(self.openings.get(index, ()))
-        return draw.randint(1, n) if n and draw.random() < PREFIX_SHARE else 0
-
-    def said(self, index: int, begun: int) -> tuple[Ids, Ids]:
-        """What a reply has begun with, and what is to follow."""
-        opening, reply = self.openings.get(index, ())[:begun], self.replies[index]
-        if not begun:
-            return (), reply
-        return opening, reply[begun:] if index in self.reference else self.late
+    def said(self, index: int, step: int) -> tuple[Ids, Ids, int]:
+        """What a reply has begun with at this step, what is to follow, and where in the reference that begins."""
+        opening, own = self.openings.begun(index, step)
+        if not opening or index in self.reference:
+            return opening, self.replies[index][own:], own
+        return opening, self.late, 0
 
 
 def padded(ids: Ids, k: int) -> Ids:
@@ -174,20 +166,19 @@ def batch_loss(
     step: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One forward pass over `rows`: the loss over `k` reply tokens, and the samples' losses, harmful `[H]` and benign `[B]`."""
-    begun = [data.begun(i, step) for i in rows]
-    said = [data.said(i, n) for i, n in zip(rows, begun, strict=True)]
+    said = [data.said(i, step) for i in rows]
     with slot(model, vectors):
         tails = [
             (*data.examples.tails[i], *opening, *padded(reply, k)[:-1])
-            for i, (opening, reply) in zip(rows, said, strict=True)
+            for i, (opening, reply, _) in zip(rows, said, strict=True)
         ]
         logits = forward(model, tails, data.examples.past(rows), k)
-    targets = torch.tensor([padded(reply, k) for _, reply in said], device=logits.device)
-    mask = torch.tensor([token_weights(len(reply), data.decision, k) for _, reply in said], device=logits.device)
+    targets = torch.tensor([padded(reply, k) for _, reply, _ in said], device=logits.device)
+    mask = torch.tensor([token_weights(len(reply), data.decision, k) for _, reply, _ in said], device=logits.device)
     losses = reply_nll(logits, targets, mask)
     anchored = [row for row, i in enumerate(rows) if i in data.reference]
     if anchored:
-        joined = Reference.join([data.reference[rows[row]] for row in anchored], k, [begun[row] for row in anchored])
+        joined = Reference.join([data.reference[rows[row]] for row in anchored], k, [said[row][2] for row in anchored])
         divergence = kl_to_base(logits[anchored], joined, mask[anchored])
         losses = losses.index_copy(0, torch.tensor(anchored, device=logits.device), divergence)
     harmful = torch.tensor([data.examples.group(i) == "harmful" for i in rows], device=logits.device)
@@ -224,30 +215,6 @@ def validate(model: Model, examples: Examples, vectors: Tensor | None) -> dict[G
                 words = model.tokenizer.decode(row.ids, skip_special_tokens=True)
                 found[examples.group(i)].append(Look(score, is_refusal(words)))
     return found
-
-
-def compliant_openings(model: Model, held: Examples) -> dict[int, Ids]:
-    """What validation makes replies to harmful requests begin with: the first words of the untouched model's own, every other time behind those of a
-    prefill attack. By index; nothing for what it refuses."""
-    words = [reply_ids(model, starter) for starter in STARTERS]
-    found = openings(model, own_words(model, held, PREFILL), PREFILL)
-    return {
-        i: (words[place // 2 % len(words)] if place % 2 else ()) + found[i] for place, i in enumerate(sorted(found))
-    }
-
-
-@torch.inference_mode()
-def prefill_refusal(model: Model, examples: Examples, begun: dict[int, Ids], vectors: Tensor | None = None) -> float:
-    """How often a reply made to begin with `begun`, by index, goes on as a refusal; NaN where there is nothing to begin with."""
-    rows = [Row(i, GOING_ON) for i in begun]
-    with slot(model, vectors), progress("after a compliant opening", len(rows)) as advance:
-        for chunk in by_length([examples.lengths[row.index] for row in rows], 48):
-            batch = [rows[place] for place in chunk]
-            tails = [examples.tails[row.index] + begun[row.index] for row in batch]
-            decode(model, tails, examples.past([row.index for row in batch]), batch, vectors=vectors)
-            advance(len(batch))
-    refused = [is_refusal(model.tokenizer.decode(row.ids, skip_special_tokens=True)) is True for row in rows]
-    return sum(refused) / len(refused) if refused else math.nan
 
 
 def summary(looks: dict[Group, list[Look]]) -> dict[str, float]:
