@@ -14,8 +14,9 @@ for name in advbench strongreject xstest alpacaeval_000_199 gsm8k_000_099; do
 done
 for tokens in 1 5; do
   "$trimtab" align smollm2-135m -o "$run/$tokens" --tokens $tokens --steps 160
-  "$trimtab" eval smollm2-135m --token "$run/$tokens" --compare -o "$run/suites-$tokens" "${chosen[@]}" --max-new-tokens 24 ${LIMIT:+--limit "$LIMIT"}
+  mkdir -p "$run/suites-$tokens"
   # The untouched model's replies need not be made again.
-  mkdir -p "$run/suites-5" && cp -n "$run/suites-1/replies.jsonl" "$run/suites-5/"
+  [ $tokens = 1 ] || [ -f "$run/suites-$tokens/replies.jsonl" ] || cp "$run/suites-1/replies.jsonl" "$run/suites-$tokens/"
+  "$trimtab" eval smollm2-135m --token "$run/$tokens" --compare -o "$run/suites-$tokens" "${chosen[@]}" --max-new-tokens 24 ${LIMIT:+--limit "$LIMIT"}
 done
 "$trimtab" report "$run"/suites-* -o "$run/report.html"

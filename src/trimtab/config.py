@@ -83,19 +83,19 @@ class AlignCommand(ModelSettings, AlignSettings):
 
 
 class ExpertSettings(Settings):
-    """How a LoRA expert is trained."""
+    """How a LoRA expert is trained. Defaults were chosen on the builtin validation split with SmolLM2-135M-Instruct."""
 
     data: str = "builtin"
     """`builtin`, a .jsonl file, or hf:owner/name@revision:split."""
-    limit: int | None = Field(default=800, ge=2)
+    limit: int | None = Field(default=1600, ge=2)
     """Train on at most so many prompts, groups and categories in proportion."""
     rank: int = Field(default=8, ge=1)
     """Of each adapter matrix."""
     lora_alpha: float = Field(default=16, gt=0)
     """The adapter's output is scaled by lora_alpha / rank."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
     """Of AdamW: the peak, after a linear warm-up, of a cosine schedule."""
-    steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=200, ge=1)
     batch: int = Field(default=8, ge=1)
     """Harmful and as many benign requests in a step."""
     prefix_share: float = Field(default=0.5, ge=0, le=1)
@@ -104,7 +104,7 @@ class ExpertSettings(Settings):
     """Tokens of an opening, at most."""
     reply_tokens: int = Field(default=12, ge=1, le=64)
     """First tokens of the model's own words, answers and refusals, that the loss sees."""
-    benign_weight: float = Field(default=0.5, ge=0, le=1)
+    benign_weight: float = Field(default=0.7, ge=0, le=1)
     """lambda: share of the benign loss."""
     seed: int = 0
     refusal: str = ""
