@@ -118,10 +118,9 @@ def test_half_of_the_refusals_follow_an_opening_of_any_length_half_of_these_behi
         base = render(model, data.examples.records[i].chat).ids
         begun = 0
         for step in range(400):
-            _, read, reply, late = data.task(i, step)
+            read, reply = data.task(i, step)
             assert read[: len(base)] == base == data.prompts[i]
             prefix = read[len(base) :]
-            assert late == len(prefix)
             words = " Sorry, no." if prefix else "Sorry, no."
             assert reply == reply_ids(model, words, end=True)
             begun += bool(prefix)
@@ -148,11 +147,11 @@ def test_no_opening_is_longer_than_asked_and_half_of_the_answers_follow_a_prefil
     assert set(leads) <= set(anchored)
     for i in anchored:
         lead = leads.get(i, ())
-        assert {data.task(i, step) for step in range(50)} == {(i, data.prompts[i] + lead, data.replies[i], 0)}
+        assert {data.task(i, step) for step in range(50)} == {(data.prompts[i] + lead, data.replies[i])}
         assert any(starter[: len(lead)] == lead for starter in data.openings.starters)
     never = training_set(model, SHORT.model_copy(update={"prefix_share": 0.0}))
     for i in (*harmful, *anchored):
-        assert {never.task(i, step).read for step in range(50)} == {render(model, never.examples.records[i].chat).ids}
+        assert {never.task(i, step)[0] for step in range(50)} == {render(model, never.examples.records[i].chat).ids}
 
 
 def test_a_benign_answer_is_the_models_own(model: Model) -> None:
@@ -200,22 +199,19 @@ def test_the_loss_of_a_batch_is_that_of_its_rows_read_one_by_one(family: str) ->
     model = build(family, "default")
     data = training_set(model)
     rows = [data.examples.indices(group)[i] for group in ("harmful", "borderline", "plain") for i in (0, 3)]
-    untouched = {i: naive_logits(model, data.task(i, 0).read + data.replies[i][:-1]) for i in rows}
+    untouched = {i: naive_logits(model, data.task(i, 0)[0] + data.replies[i][:-1]) for i in rows}
     step = next(
-        s for s in range(50) if len({len(data.task(i, s).read) - len(data.prompts[i]) > 0 for i in rows[:2]}) == 2
+        s for s in range(50) if len({len(data.task(i, s)[0]) - len(data.prompts[i]) > 0 for i in rows[:2]}) == 2
     )
     with attached(model, lora_config(model, 2, 4), seed=0) as expert:
         shake(expert)
         loss, harmful, benign = batch_loss(expert, data, rows, step)
         one_by_one = []
         for i in rows:
-            _, read, reply, late = data.task(i, step)
-            everywhere = naive_logits(expert, read + reply[:-1]).log_softmax(-1)
-            log_q = everywhere[len(read) - 1 :]
+            read, reply = data.task(i, step)
+            log_q = naive_logits(expert, read + reply[:-1])[len(read) - 1 :].log_softmax(-1)
             if data.examples.group(i) == "harmful":
-                # The first word is due after each token of the opening.
-                first = everywhere[len(read) - max(late, 1) : len(read), reply[0]].mean()
-                one_by_one.append(-float(first) - sum(float(log_q[t, token]) for t, token in enumerate(reply) if t))
+                one_by_one.append(-sum(float(log_q[t, token]) for t, token in enumerate(reply)))
             else:
                 log_p = untouched[i][len(read) - 1 :].log_softmax(-1)
                 one_by_one.append(float((log_p.exp() * (log_p - log_q)).sum()))
@@ -229,7 +225,7 @@ def test_replies_shorter_than_the_reference_are_padded(model: Model, monkeypatch
     data = training_set(model, SHORT.model_copy(update={"reply_tokens": 50}))
     assert max(map(len, data.replies)) < data.length == 50
     i = data.examples.indices("plain")[0]
-    read = data.task(i, 0).read
+    read, _ = data.task(i, 0)
     log_p = naive_logits(model, read)[-1].log_softmax(-1)
     with attached(model, lora_config(model, 2, 4), seed=0) as expert:
         shake(expert)
@@ -289,12 +285,10 @@ def test_the_expert_learns_to_refuse_at_once_and_late_while_answers_stay(model: 
     # A random model has nothing to generalise with: it is asked the very requests it was trained on.
     train = records(3, ("train",))
     again = [r.model_copy(update={"id": f"{r.id}-again", "split": "validation"}) for r in train]
-    settings = SHORT.model_copy(
-        update={"steps": 300, "rank": 8, "lora_alpha": 16, "refusal": "Sorry", "benign_weight": 0.8}
-    )
+    settings = SHORT.model_copy(update={"steps": 150, "rank": 8, "lora_alpha": 16, "refusal": "Sorry"})
     train_expert(model, train + again, out=tmp_path, settings=settings)
     history = json.loads((tmp_path / "history.json").read_text())
-    assert [row["step"] for row in history] == list(range(1, 301))
+    assert [row["step"] for row in history] == list(range(1, 151))
     losses = [row["harmful_loss"] for row in history]
     assert sum(losses[-8:]) < 0.2 * sum(losses[:8])
     found = json.loads((tmp_path / "manifest.json").read_text())["validation"]

@@ -5,8 +5,7 @@ Deep alignment teaches a refusal that may begin late (`softtoken/openings.py`). 
     L = (1 - lambda) * mean_h -log p(refusal | x_h, o_h)  +  lambda * mean_b KL(p_0(. | x_b, y_b) || p(. | x_b, y_b))
 
 o_h is empty or, with probability `prefix_share`, the first k ~ U{1..max_prefix} tokens that the untouched model p_0
-would itself answer with, half of the time behind words of a prefill attack; only the refusal's tokens are in the loss. The first of them is due behind every token of
-o_h alike, so its loss is the mean over these places: one pass teaches all of them. Benign requests that p_0 refuses are trained towards
+would itself answer with, half of the time behind words of a prefill attack; only the refusal's tokens are in the loss. Benign requests that p_0 refuses are trained towards
 an answer by likelihood instead. The published recipe takes openings from a data set of harmful answers and trains all
 weights; the base's own openings need no such data, and are what the expert hears when it guards this base. They live in
 memory alone: never written to disk, never logged.
@@ -19,7 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -148,15 +147,6 @@ def train_expert(
     return folder
 
 
-class Task(NamedTuple):
-    """What is read, and what is to be said then: `said`, whose first id is also due behind each but the first of the last `late` ids of `read`."""
-
-    request: int
-    read: Ids
-    said: Ids
-    late: int
-
-
 class TrainingSet:
     """Requests with what is to be said to each, and what the untouched model thinks of it.
 
@@ -195,11 +185,11 @@ class TrainingSet:
         self.openings = Openings(model, compliant, dict.fromkeys(own, ()), settings.seed, settings.prefix_share)
         self.reference = references(model, self.examples, self.replies, own, k, self.openings.leads)
 
-    def task(self, index: int, step: int) -> Task:
-        """What is to be learned of a request at this step."""
+    def task(self, index: int, step: int) -> tuple[Ids, Ids]:
+        """What is read at this step, and what is to be said then."""
         opening, _ = self.openings.begun(index, step)
-        late = len(opening) if index in self.openings.compliant else 0
-        return Task(index, self.prompts[index] + opening, self.late if late else self.replies[index], late)
+        late = opening and index in self.openings.compliant
+        return self.prompts[index] + opening, self.late if late else self.replies[index]
 
 
 def batch_loss(expert: Model, data: TrainingSet, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,16 +197,16 @@ def batch_loss(expert: Model, data: TrainingSet, rows: Sequence[int], step: int)
 
     In nats, summed over each reply; the loss is the equation at the top.
     """
-    tasks = [data.task(i, step) for i in rows]
+    tasks, k = [data.task(i, step) for i in rows], data.length
     # What all prompts begin with is read once a step, not once a row.
-    shared = min(common_length([task.read for task in tasks]), min(len(task.read) - task.late for task in tasks) - 1)
+    shared = min(common_length([read for read, _ in tasks]), min(len(read) for read, _ in tasks) - 1)
     past = Past.empty(1, expert.device)
     if shared:
-        forward(expert, [tasks[0].read[:shared]], past, 1)
+        forward(expert, [tasks[0][0][:shared]], past, 1)
     parts: dict[int, Tensor] = {}
     # Replies that have begun are much longer: read apart, nobody is padded to their length.
-    for places in by_length([len(task.read) for task in tasks], math.ceil(len(tasks) / 2)):
-        losses = _losses(expert, data, [tasks[place] for place in places], past, shared)
+    for places in by_length([len(read) for read, _ in tasks], math.ceil(len(tasks) / 2)):
+        losses = _losses(expert, data, [(rows[place], *tasks[place]) for place in places], past, shared, k)
         parts |= dict(zip(places, losses, strict=True))
     losses = torch.stack([parts[place] for place in range(len(rows))])
     harmful = torch.tensor([data.examples.group(i) == "harmful" for i in rows], device=losses.device)
@@ -224,28 +214,22 @@ def batch_loss(expert: Model, data: TrainingSet, rows: Sequence[int], step: int)
     return sta_loss(h, b, benign_weight=data.settings.benign_weight, gamma=0.0), h.detach(), b.detach()
 
 
-def _losses(expert: Model, data: TrainingSet, tasks: Sequence[Task], past: Past, shared: int) -> Tensor:
-    """One forward pass: the losses `[B]` of tasks of which `past` has read the first `shared` ids."""
-    k, reach = data.length, max(task.late for task in tasks)
-    tails = [task.read[shared:] + padded(task.said, k)[:-1] for task in tasks]
-    logits = forward(expert, tails, past.repeat(len(tasks)), reach + k)
-    said = logits[:, reach:]
-    targets = torch.tensor([padded(task.said, k) for task in tasks], device=logits.device)
-    ends = torch.tensor([len(task.said) for task in tasks], device=logits.device)
+def _losses(
+    expert: Model, data: TrainingSet, tasks: Sequence[tuple[int, Ids, Ids]], past: Past, shared: int, k: int
+) -> Tensor:
+    """One forward pass: the losses `[B]` of `(index, what is read, what is to be said)`, of which `past` has read the first `shared` ids."""
+    tails = [read[shared:] + padded(reply, k)[:-1] for _, read, reply in tasks]
+    logits = forward(expert, tails, past.repeat(len(tasks)), k)
+    targets = torch.tensor([padded(reply, k) for _, _, reply in tasks], device=logits.device)
+    ends = torch.tensor([len(reply) for _, _, reply in tasks], device=logits.device)
     mask = (torch.arange(k, device=logits.device) < ends.unsqueeze(1)).float()
-    losses = list(reply_nll(said, targets, mask))
-    for row, task in enumerate(tasks):
-        if task.late:
-            due = -logits[row, reach - task.late + 1 : reach + 1].log_softmax(-1)[:, task.said[0]]
-            losses[row] = losses[row] - due[-1] + due.mean()
-    if anchored := [row for row, task in enumerate(tasks) if task.request in data.reference]:
+    losses = reply_nll(logits, targets, mask)
+    if anchored := [row for row, (i, _, _) in enumerate(tasks) if i in data.reference]:
         n = data.settings.reply_tokens
-        reference = Reference.join([data.reference[tasks[row].request] for row in anchored], n)
-        for row, divergence in zip(
-            anchored, kl_to_base(said[anchored, :n], reference, mask[anchored, :n]), strict=True
-        ):
-            losses[row] = divergence
-    return torch.stack(losses)
+        reference = Reference.join([data.reference[tasks[row][0]] for row in anchored], n)
+        divergence = kl_to_base(logits[anchored, :n], reference, mask[anchored, :n])
+        losses = losses.index_copy(0, torch.tensor(anchored, device=logits.device), divergence)
+    return losses
 
 
 class Trainer:
