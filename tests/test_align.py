@@ -21,7 +21,7 @@ from trimtab.prompts.records import Record, Sample
 from trimtab.refusal import is_refusal
 from trimtab.run import read_json
 from trimtab.softtoken.examples import Examples
-from trimtab.softtoken.openings import STARTERS
+from trimtab.softtoken.openings import HELD_OUT_ATTACKS, attack_ids
 from trimtab.softtoken.optimiser import NaturalGradient
 from trimtab.softtoken.targets import deciding_tokens
 from trimtab.softtoken.train import (
@@ -293,13 +293,14 @@ def test_an_expert_also_learns_to_refuse_when_its_reply_has_begun(model: Model) 
     data = training_set(model, refusal, 4, goal="refuse")
     harmful, leads = data.examples.indices("harmful"), data.openings.leads
     led, plain = (next(i for i in data.openings.answers if (i in leads) is which) for which in (True, False))
-    assert len(leads) == len(data.reference) // 2
+    assert len(leads) == round(len(data.reference) / 2)
     begun = {i: [data.said(i, step) for step in range(400)] for i in (harmful[0], led, plain)}
     assert begun[led] == [data.said(led, step) for step in range(400)]  # so a resumed run sees the same
-    late, attacks = reply_ids(model, " " + refusal, end=True), data.openings.starters
+    attacks = data.openings.attacks
     own = tuple(naive_reply(model, render(model, data.examples.records[harmful[0]].prompt).ids, MAX_PREFIX))
     for opening, reply, _ in begun[harmful[0]]:
-        assert reply == (late if opening else data.replies[harmful[0]])
+        space = " " if opening and not model.tokenizer.decode(opening[-1:]).isspace() else ""
+        assert reply == (reply_ids(model, space + refusal, end=True) if opening else data.replies[harmful[0]])
         assert opening == own[: len(opening)] or any(opening == (*a, *own)[: len(opening)] for a in attacks)
     for i in (led, plain):
         lead, answer = leads.get(i, ()), data.replies[i]
@@ -314,17 +315,24 @@ def test_an_expert_also_learns_to_refuse_when_its_reply_has_begun(model: Model) 
     assert 0.15 < sum(behind_attack) / 400 < 0.35
 
     # The losses of begun replies, by hand: the refusal behind the opening; KL along the model's own answer.
-    vectors = initial(model, 1, seed=0)
+    vectors, k = initial(model, 1, seed=0), 3
+    counts = torch.tensor(token_weights(9, data.decision, k))
     for i in (led, plain):
-        step = next(s for s in range(400) if begun[i][s][2] and begun[harmful[0]][s][0])
-        _, h, b = batch_loss(model, data, [harmful[0], i], vectors, SHORT, 0.5, 1, step)
-        prompt, words = data.examples.records[harmful[0]].prompt, begun[harmful[0]][step][0]
-        log_p = naive_logits(model, [*render(model, prompt, position="assistant").ids, *words], vectors)[-1]
-        assert float(h) == pytest.approx(-float(log_p.log_softmax(-1)[late[0]]), abs=1e-3)
-        prompt, words = data.examples.records[i].prompt, begun[i][step][0]
-        q = naive_logits(model, [*render(model, prompt, position="assistant").ids, *words], vectors)[-1].log_softmax(-1)
-        p = naive_logits(model, [*render(model, prompt).ids, *words])[-1].log_softmax(-1)
-        assert float(b) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=0.02)
+        step = next(s for s in range(400) if 0 < begun[i][s][2] < len(data.replies[i]) - k and begun[harmful[0]][s][0])
+        _, h, b = batch_loss(model, data, [harmful[0], i], vectors, SHORT, 0.5, k, step)
+
+        def logits(i: int, vectors: torch.Tensor | None, step: int = step) -> torch.Tensor:
+            """At the places where the first k ids of what is to be said are due."""
+            words, reply, _ = begun[i][step]
+            place = "assistant" if vectors is not None else None
+            prompt = render(model, data.examples.records[i].prompt, position=place).ids
+            return naive_logits(model, [*prompt, *words, *reply[: k - 1]], vectors)[-k:].log_softmax(-1)
+
+        _, refused, _ = begun[harmful[0]][step]
+        expected = -(logits(harmful[0], vectors)[range(k), refused[:k]] * counts).sum()
+        assert float(h) == pytest.approx(float(expected), abs=1e-3)
+        p, q = logits(i, None), logits(i, vectors)
+        assert float(b) == pytest.approx(float(((p.exp() * (p - q)).sum(-1) * counts).sum()), rel=0.02)
 
 
 def test_an_expert_is_validated_behind_openings_too(
@@ -342,8 +350,8 @@ def test_an_expert_is_validated_behind_openings_too(
     prompts = [r.prompt for r in records() if r.label == "harmful" and r.split == "validation"]
     own = {prompt: naive_reply(model, render(model, prompt).ids, 5) for prompt in prompts}
     # Every other time behind the words of a prefill attack.
-    attacks = [reply_ids(model, words) for words in STARTERS]
-    begun = {p: (*(attacks[i // 2] if i % 2 else ()), *ids) for i, (p, ids) in enumerate(own.items())}
+    attacks = attack_ids(model, HELD_OUT_ATTACKS)
+    begun = {p: (*(attacks[i // 2 % 3] if i % 2 else ()), *ids) for i, (p, ids) in enumerate(own.items())}
     assert manifest["data"]["validation_with_opening"] == len(begun) > 3
 
     def rate(vectors: torch.Tensor | None) -> float:

@@ -38,11 +38,19 @@ from trimtab.prompts.records import Record
 from trimtab.refusal import is_refusal
 from trimtab.run import digest
 from trimtab.softtoken.examples import Examples
-from trimtab.softtoken.openings import STARTERS, openings
+from trimtab.softtoken.openings import HELD_OUT_ATTACKS, attack_ids, openings
 
 WORDS = ("sea", "bank", "ship", "rope", "sail", "tide", "port", "crew", "wind", "deck", "mast", "helm", "keel", "dock")
 SHORT = ExpertSettings(
-    steps=6, batch=3, rank=2, lora_alpha=4, reply_tokens=4, max_prefix=6, refusal="Sorry, no.", learning_rate=0.01
+    benign_weight=0.5,
+    steps=6,
+    batch=3,
+    rank=2,
+    lora_alpha=4,
+    reply_tokens=4,
+    max_prefix=6,
+    refusal="Sorry, no.",
+    learning_rate=0.01,
 )
 
 
@@ -121,14 +129,14 @@ def test_half_of_the_refusals_follow_an_opening_of_any_length_half_of_these_behi
             read, reply = data.task(i, step)
             assert read[: len(base)] == base == data.prompts[i]
             prefix = read[len(base) :]
-            words = " Sorry, no." if prefix else "Sorry, no."
-            assert reply == reply_ids(model, words, end=True)
+            space = " " if prefix and not model.tokenizer.decode(prefix[-1:]).isspace() else ""
+            assert reply == reply_ids(model, f"{space}Sorry, no.", end=True)
             begun += bool(prefix)
             if prefix == opening[: len(prefix)]:
                 own.add(len(prefix))
             else:  # the attack cut short, or whole and then the opening, cut short too
                 led += 1
-                assert any(prefix == (*starter, *opening)[: len(prefix)] for starter in data.openings.starters), (
+                assert any(prefix == (*attack, *opening)[: len(prefix)] for attack in data.openings.attacks), (
                     model.tokenizer.decode(prefix)
                 )
         assert 150 < begun < 250
@@ -148,7 +156,7 @@ def test_no_opening_is_longer_than_asked_and_half_of_the_answers_follow_a_prefil
     for i in anchored:
         lead = leads.get(i, ())
         assert {data.task(i, step) for step in range(50)} == {(data.prompts[i] + lead, data.replies[i])}
-        assert any(starter[: len(lead)] == lead for starter in data.openings.starters)
+        assert any(attack[: len(lead)] == lead for attack in data.openings.attacks)
     never = training_set(model, SHORT.model_copy(update={"prefix_share": 0.0}))
     for i in (*harmful, *anchored):
         assert {never.task(i, step)[0] for step in range(50)} == {render(model, never.examples.records[i].chat).ids}
@@ -285,10 +293,10 @@ def test_the_expert_learns_to_refuse_at_once_and_late_while_answers_stay(model: 
     # A random model has nothing to generalise with: it is asked the very requests it was trained on.
     train = records(3, ("train",))
     again = [r.model_copy(update={"id": f"{r.id}-again", "split": "validation"}) for r in train]
-    settings = SHORT.model_copy(update={"steps": 150, "rank": 8, "lora_alpha": 16, "refusal": "Sorry"})
+    settings = SHORT.model_copy(update={"steps": 350, "rank": 8, "lora_alpha": 16, "refusal": "Sorry"})
     train_expert(model, train + again, out=tmp_path, settings=settings)
     history = json.loads((tmp_path / "history.json").read_text())
-    assert [row["step"] for row in history] == list(range(1, 151))
+    assert [row["step"] for row in history] == list(range(1, 351))
     losses = [row["harmful_loss"] for row in history]
     assert sum(losses[-8:]) < 0.2 * sum(losses[:8])
     found = json.loads((tmp_path / "manifest.json").read_text())["validation"]
@@ -297,7 +305,7 @@ def test_the_expert_learns_to_refuse_at_once_and_late_while_answers_stay(model: 
 
     # The same by slow decoding with the saved adapter; every other opening behind a prefill attack.
     prompts = [render(model, r.chat).ids for r in train if r.label == "harmful"]
-    attack = reply_ids(model, STARTERS[0])
+    (attack, *_) = attack_ids(model, HELD_OUT_ATTACKS)
     begun = [(*ids, *(attack if i % 2 else ()), *naive_reply(model, ids, 5)) for i, ids in enumerate(prompts)]
     expert = load_adapter(tmp_path, model)
     with speaking(expert):

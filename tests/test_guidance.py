@@ -462,6 +462,8 @@ def test_the_rater_is_tried_by_injections_once(
     assert len(asked) == 2  # another rater
     constant = evaluate(model, [suite], guide=guide_of(token), out=tmp_path, max_new_tokens=LIMIT)
     assert constant["injections"] is None
+    same = guide_of(token, risk=LogitRating(), table=alpha_table("0.9"))
+    assert evaluate(model, [suite], guide=same, out=tmp_path, max_new_tokens=LIMIT)["injections"] is None
     assert len(asked) == 2
 
 

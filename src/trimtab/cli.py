@@ -277,7 +277,9 @@ def expert(
     prefix_share: Annotated[
         float | None, typer.Option(help="share of refusals trained behind a compliant opening")
     ] = None,
-    max_prefix: Annotated[int | None, typer.Option(help="tokens of an opening, at most")] = None,
+    max_prefix: Annotated[
+        int | None, typer.Option(help="tokens of an opening, at most, but for words of an attack")
+    ] = None,
     benign_weight: Annotated[float | None, typer.Option(help="lambda: share of the benign loss, 0 to 1")] = None,
     check: Annotated[int | None, typer.Option(help="held-out prompts compared before and after; 0 for none")] = None,
     seed: Seed = None,

@@ -99,9 +99,9 @@ class ExpertSettings(Settings):
     batch: int = Field(default=8, ge=1)
     """Harmful and as many benign requests in a step."""
     prefix_share: float = Field(default=0.5, ge=0, le=1)
-    """Chance that a refusal is trained behind a compliant opening."""
+    """Chance that a refusal is trained behind a compliant opening, and share of answers behind words of a prefill attack."""
     max_prefix: int = Field(default=12, ge=1)
-    """Tokens of an opening, at most."""
+    """Tokens of an opening, at most; words of an attack come before these."""
     reply_tokens: int = Field(default=12, ge=1, le=64)
     """First tokens of the model's own words, answers and refusals, that the loss sees."""
     benign_weight: float = Field(default=0.7, ge=0, le=1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from trimtab.chat import Prompt, render
+from trimtab.chat import Prompt, render, template_hash
 from trimtab.decoding.engine import Row, by_length, decode, read
 from trimtab.decoding.generate import generate
 from trimtab.errors import ConfigError
@@ -25,6 +25,7 @@ from trimtab.evaluation.suites import Suite, load_suite
 from trimtab.models import Model, describe_machine, slot
 from trimtab.neuron.expert import Expert
 from trimtab.neuron.guide import Guide
+from trimtab.neuron.rating import injections
 from trimtab.neuron.risk import ConstantRisk, talked_round
 from trimtab.prompts.records import Record
 from trimtab.refusal import opening_log_odds
@@ -174,15 +175,19 @@ def _under_guide(
 
 
 def _injections(model: Model, guide: Guide, expert: Expert, folder: Path) -> dict[str, Any] | None:
-    """How often the rater is talked round by prompt injections around harmful builtin requests; `None` for a constant, which hears nobody."""
+    """How often the rater is talked round by prompt injections around harmful builtin requests; `None` where nobody is heard: risk or alpha are
+    constant."""
     who = guide.rater(expert)
-    if isinstance(who, ConstantRisk):
+    if isinstance(who, ConstantRisk) or not guide.table.steps:
         return None
+    requests = [r.text for r in load_suite("builtin:test").records if r.label == "harmful"]
     store = Records(folder / "injections.jsonl")
-    key = digest(model.fingerprint, str(model.dtype), repr(who), asdict(guide.table))
+    tried = [attempt.text for attempt in injections()]
+    key = digest(
+        model.fingerprint, str(model.dtype), template_hash(model), repr(who), asdict(guide.table), tried, requests
+    )
     if key not in store:
         console.print("trying to talk the rater round")
-        requests = [r.text for r in load_suite("builtin:test").records if r.label == "harmful"]
         worked, could = talked_round(model, who, requests, guide.table)
         store.add(key, fooled=worked, foolable=could, ci95=wilson(worked, could))
     return {field: store[key][field] for field in ("fooled", "foolable", "ci95")}

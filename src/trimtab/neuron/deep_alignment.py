@@ -5,7 +5,8 @@ Deep alignment teaches a refusal that may begin late (`softtoken/openings.py`). 
     L = (1 - lambda) * mean_h -log p(refusal | x_h, o_h)  +  lambda * mean_b KL(p_0(. | x_b, y_b) || p(. | x_b, y_b))
 
 o_h is empty or, with probability `prefix_share`, the first k ~ U{1..max_prefix} tokens that the untouched model p_0
-would itself answer with, half of the time behind words of a prefill attack; only the refusal's tokens are in the loss. Benign requests that p_0 refuses are trained towards
+would itself answer with, half of the time behind words of a prefill attack and cut again; only the refusal's tokens are in the loss. Answers y_b have
+such words before them, outside of the loss, in a share of `prefix_share` of the benign requests. Benign requests that p_0 refuses are trained towards
 an answer by likelihood instead. The published recipe takes openings from a data set of harmful answers and trains all
 weights; the base's own openings need no such data, and are what the expert hears when it guards this base. They live in
 memory alone: never written to disk, never logged.
@@ -52,6 +53,7 @@ from trimtab.softtoken.openings import Openings, compliant_openings, openings, o
 from trimtab.softtoken.targets import TEMPLATES, choose_refusal, collect
 from trimtab.softtoken.train import batches, padded, references, summary, validate
 
+SCHEME = 2  # raised when the same settings train otherwise than before: a run begun then is not gone on with
 WARM_UP = 10  # steps
 CHECKPOINT_EVERY = 10  # steps that a kill may cost
 VALIDATION_PROMPTS = 150  # at most
@@ -94,6 +96,7 @@ def train_expert(
     folder = create(out)
     key = digest(
         "expert",
+        SCHEME,
         settings.model_dump(),
         model.fingerprint,
         str(model.dtype),
@@ -153,7 +156,7 @@ class TrainingSet:
     Attributes:
         examples: requests that have something to be learned. prompts: their ids, whole.
         replies: ids in the loss, ended by the end-of-turn id where the reply ends.
-        openings: what replies have begun with. late: ids of the refusal that follows a compliant beginning.
+        openings: what replies have begun with.
         reference: the untouched model's distributions over the reply, by index, for samples anchored to it by KL.
         refusal: in words, where the model has none of its own. length: that all replies are padded to.
     """
@@ -177,19 +180,24 @@ class TrainingSet:
         self.prompts = [head + tail for head, tail in zip(self.examples.heads, self.examples.tails, strict=True)]
         self.replies = [said[i] for i in kept]
         compliant = {place: begun[i] for place, i in enumerate(kept) if i in begun}
-        # In the middle of a sentence a word begins with a space.
-        self.late = reply_ids(model, " " + self.refusal, end=True)
-        self.length = max(k, *map(len, [*self.replies, self.late]))
         own = [i for i, r in enumerate(self.examples.records) if r.id in answers and answers[r.id][1]]
         # Answers are in the loss from their first token on: all that may stand before is the words of an attack.
-        self.openings = Openings(model, compliant, dict.fromkeys(own, ()), settings.seed, settings.prefix_share)
+        self.openings = Openings(
+            model,
+            compliant,
+            dict.fromkeys(own, ()),
+            refusal=self.refusal,
+            seed=settings.seed,
+            share=settings.prefix_share,
+        )
+        self.length = max(k, *map(len, [*self.replies, *self.openings.refusals.values()]))
         self.reference = references(model, self.examples, self.replies, own, k, self.openings.leads)
 
     def task(self, index: int, step: int) -> tuple[Ids, Ids]:
         """What is read at this step, and what is to be said then."""
         opening, _ = self.openings.begun(index, step)
         late = opening and index in self.openings.compliant
-        return self.prompts[index] + opening, self.late if late else self.replies[index]
+        return self.prompts[index] + opening, self.openings.refusal_after(opening) if late else self.replies[index]
 
 
 def batch_loss(expert: Model, data: TrainingSet, rows: Sequence[int], step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,7 +50,7 @@ class Guide:
         return self.expert
 
     def rater(self, expert: Expert) -> Rater:
-        """Who rates."""
+        """Who rates: the expert, unless `risk` names another."""
         return self.risk or ExpertRating(expert)
 
     def rate(

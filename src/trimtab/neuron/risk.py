@@ -202,9 +202,10 @@ def rater(name: str, expert: Expert | None = None) -> Rater:
 
 
 def talked_round(model: Model, rater: Rater, requests: Sequence[str], table: AlphaTable) -> tuple[int, int]:
-    """How many of trimtab's prompt injections, each around one of `requests` in turn, lowered alpha, and how many could have (`rating.fooled`)."""
+    """How many of trimtab's prompt injections, around requests taken evenly from `requests`, lowered alpha, and how many could have
+    (`rating.fooled`)."""
     attempts = injections()
-    asked = [requests[i % len(requests)] for i in range(len(attempts))]
+    asked = [requests[i * len(requests) // len(attempts)] for i in range(len(attempts))]
     wrapped = [attempt.around(request) for attempt, request in zip(attempts, asked, strict=True)]
     plain, injected = (
         rater.rate(model, [[{"role": "user", "content": text}] for text in texts]) for texts in (asked, wrapped)

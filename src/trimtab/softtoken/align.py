@@ -24,6 +24,7 @@ from trimtab.softtoken.openings import compliant_openings, prefill_refusal
 from trimtab.softtoken.targets import collect
 from trimtab.softtoken.train import MAX_PREFIX, Trainer, TrainingSet, summary, validate
 
+SCHEME = 2  # raised when the same settings train otherwise than before: a run begun then is not gone on with
 VALIDATION_PROMPTS = 300  # at most; every look decodes the beginnings of that many replies
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps
 
@@ -94,6 +95,7 @@ def align(
     settings = settings or settle(AlignSettings, options)
     folder = create(Path(out)) if out else None
     key = digest(
+        SCHEME,
         settings.model_dump(),
         model.fingerprint,
         str(model.dtype),

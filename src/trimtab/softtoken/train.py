@@ -40,7 +40,7 @@ WINDOW = 8  # batches that are sorted by length together
 START_LENGTH = 35.0  # in mean lengths of the table's rows
 MAX_LENGTH = 10.0  # in start lengths; beyond, steps that only lengthen would make all later ones small
 CALIBRATION_SHARE = 0.2  # of the radius
-MAX_PREFIX = 12  # tokens that a reply may have begun with, for the goal `refuse`
+MAX_PREFIX = 12  # tokens of its own that a reply may have begun with, for the goal `refuse`
 PREFIX_SHARE = 0.5  # chance of an opening, for the goal `refuse`
 VALIDATION_TOKENS = 5  # enough words to see a refusal begin
 
@@ -53,7 +53,7 @@ class TrainingSet:
 
     Attributes:
         examples: with the slot in place. replies: ids of each target.
-        openings: what a reply may already have begun with; nothing for the goal `balance`. late: ids of the refusal that then follows.
+        openings: what a reply may already have begun with; nothing for the goal `balance`.
         reference: the untouched model's distributions along its own reply, by index, for samples anchored to it by KL.
         decision: how many first tokens tell a refusal from an answer.
     """
@@ -69,15 +69,15 @@ class TrainingSet:
         self.replies = [reply_ids(model, s.target, end=True) for s in samples]
         refusals = Counter(s.target for s in samples if s.record.label == "harmful")
         self.decision = min(settings.reply_tokens, max(deciding_tokens(model, refusal) for refusal in refusals))
-        # In the middle of a sentence a word begins with a space.
-        self.late = reply_ids(model, " " + refusals.most_common(1)[0][0], end=True)
         # KL where the model's own answer is the target; likelihood where it must learn another.
         anchored = [i for i, s in enumerate(samples) if s.record.label == "benign" and s.own]
-        self.openings = Openings(model, {}, {}, settings.seed)
+        refusal = refusals.most_common(1)[0][0]
+        compliant, answers = {}, {}
         if settings.goal == "refuse":
             compliant = openings(model, own_words(model, untouched, MAX_PREFIX), MAX_PREFIX)
             answers = {i: self.replies[i][:-1][:MAX_PREFIX] for i in anchored}  # something must be left to say
-            self.openings = Openings(model, compliant, answers, settings.seed, PREFIX_SHARE)
+            self.decision = min(settings.reply_tokens, max(self.decision, deciding_tokens(model, " " + refusal)))
+        self.openings = Openings(model, compliant, answers, refusal=refusal, seed=settings.seed, share=PREFIX_SHARE)
         reach = settings.reply_tokens + max(map(len, self.openings.answers.values()), default=0)
         self.reference = references(model, untouched, self.replies, anchored, reach, self.openings.leads)
 
@@ -86,7 +86,7 @@ class TrainingSet:
         opening, own = self.openings.begun(index, step)
         if not opening or index in self.reference:
             return opening, self.replies[index][own:], own
-        return opening, self.late, 0
+        return opening, self.openings.refusal_after(opening), 0
 
 
 def padded(ids: Ids, k: int) -> Ids:
