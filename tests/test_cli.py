@@ -333,8 +333,8 @@ def test_an_expert_is_trained_checked_and_heard(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "expert"
-    arguments = ["expert", folder, "-o", out, "--data", data, "--steps", 4, "--batch", 2, "--rank", 2, "--check", 9]
-    arguments += ["--learning-rate", 0.05, "--max-prefix", 4, "--json"]
+    arguments = ["expert", folder, "-o", out, "--data", data, "--steps", 12, "--batch", 2, "--rank", 2, "--check", 9]
+    arguments += ["--learning-rate", 0.1, "--max-prefix", 4, "--benign-weight", 0.3, "--json"]
     code, text, err = run(monkeypatch, capsys, *arguments)
     assert code == 0, err
     found = json.loads(text)
