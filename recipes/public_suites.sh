@@ -17,6 +17,6 @@ for tokens in 1 5; do
   mkdir -p "$run/suites-$tokens"
   # The untouched model's replies need not be made again.
   [ $tokens = 1 ] || [ -f "$run/suites-$tokens/replies.jsonl" ] || cp "$run/suites-1/replies.jsonl" "$run/suites-$tokens/"
-  "$trimtab" eval smollm2-135m --token "$run/$tokens" --compare -o "$run/suites-$tokens" "${chosen[@]}" --max-new-tokens 24 ${LIMIT:+--limit "$LIMIT"}
+  "$trimtab" eval smollm2-135m --token "$run/$tokens" --compare -o "$run/suites-$tokens" "${chosen[@]}" --judge keyword --judge strict --judge logit --max-new-tokens 24 ${LIMIT:+--limit "$LIMIT"}
 done
 "$trimtab" report "$run"/suites-* -o "$run/report.html"

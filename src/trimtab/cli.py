@@ -130,7 +130,7 @@ def evaluate(
     judge: Annotated[
         list[str] | None,
         typer.Option(
-            help="keyword (begins by declining), phrase (declines anywhere), logit; may be repeated [keyword, logit]"
+            help="keyword (begins by declining), strict (and says that it cannot), phrase (declines anywhere), logit; may be repeated [keyword, logit]"
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="at most so many rows a suite, in proportion")] = None,

@@ -145,7 +145,7 @@ class EvalSettings(GuidanceSettings):
 
     suite: tuple[str, ...] = ("builtin:test",)
     out: Path
-    judge: tuple[Literal["keyword", "phrase", "logit"], ...] = ("keyword", "logit")
+    judge: tuple[Literal["keyword", "strict", "phrase", "logit"], ...] = ("keyword", "logit")
     limit: int | None = Field(default=None, ge=1)
     """At most so many rows a suite, stratified by label and category."""
     compare: bool = False

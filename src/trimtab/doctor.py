@@ -7,6 +7,8 @@ import shutil
 from importlib.util import find_spec
 from typing import TypedDict
 
+from rich.markup import escape
+
 from trimtab.run import PACKAGES, console, environment
 
 
@@ -64,7 +66,8 @@ def print_findings(findings: list[Finding]) -> None:
     """One line each; what is missing says how to get it."""
     for f in findings:
         mark = "[green]yes[/green]" if f["ok"] else "[yellow]no [/yellow]"
-        console.print(f"{mark} {f['what']}: {f['found']}" + ("" if f["ok"] else f"  ->  {f['mend']}"))
+        told = f"{f['what']}: {f['found']}" + ("" if f["ok"] else f"  ->  {f['mend']}")
+        console.print(f"{mark} {escape(told)}")  # an extra's brackets are no markup
 
 
 def _finding(what: str, ok: bool, found: str, mend: str) -> Finding:
