@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from trimtab.errors import RunError, UsageError
-from trimtab.evaluation.metrics import mcnemar, wilson
+from trimtab.evaluation.metrics import auc_interval, mcnemar, wilson
 from trimtab.report import neuron, plots
-from trimtab.report.build import auc_interval, build, duration, percent
+from trimtab.report.build import build, duration, percent
 from trimtab.report.replies import cut
 
 REFUSAL = "I'm sorry, but I can't help. Ask me another."

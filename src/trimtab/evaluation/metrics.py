@@ -44,3 +44,12 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
 def harmonic_mean(a: float, b: float) -> float:
     """0 where either is 0."""
     return 2 * a * b / (a + b) if a + b else 0.0
+
+
+def auc_interval(area: float, n: int, m: int) -> tuple[float, float] | None:
+    """95 % of an AUC over `n` positives and `m` negatives, after Hanley and McNeil (1982)."""
+    if not n or not m or isnan(area):
+        return None
+    extra = (n - 1) * (area / (2 - area) - area**2) + (m - 1) * (2 * area**2 / (1 + area) - area**2)
+    half = 1.96 * sqrt((area * (1 - area) + extra) / (n * m))
+    return max(0.0, area - half), min(1.0, area + half)

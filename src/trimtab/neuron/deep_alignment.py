@@ -330,7 +330,7 @@ def look(model: Model, held: Examples, begun: dict[int, Ids]) -> dict[str, float
     with progress("validating", len(held.records)) as advance:
         found = summary(validate(model, held, None))
         advance(len(held.records))
-    return {**found, "prefill_refusal": prefill_refusal(model, held, begun) if begun else None}
+    return {**found, "prefill_refusal": prefill_refusal(model, held, begun)}
 
 
 def _answers(model: Model, benign: Examples, k: int) -> dict[str, tuple[Ids, bool]]:

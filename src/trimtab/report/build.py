@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trimtab.errors import RunError, UsageError
-from trimtab.evaluation.metrics import mcnemar
+from trimtab.evaluation.metrics import auc_interval, mcnemar
 from trimtab.report import neuron, plots
 from trimtab.report.plots import GROUPS, Arm, Rate, pooled, rate, suites
 from trimtab.report.replies import HARMFUL_WORDS, cut, group_of, members, pair, pairs
@@ -364,15 +364,6 @@ def _aucs(run: Run) -> Iterator[dict[str, Any]]:
                 (arm["auc"][name], auc_interval(arm["auc"][name], *(side.n if side else 0 for side in sides)))
             )
         yield {"harmful": harmful, "benign": benign or harmful, "values": values}
-
-
-def auc_interval(area: float, n: int, m: int) -> tuple[float, float] | None:
-    """95 % of an AUC over `n` positives and `m` negatives, after Hanley and McNeil (1982)."""
-    if not n or not m or math.isnan(area):
-        return None
-    extra = (n - 1) * (area / (2 - area) - area**2) + (m - 1) * (2 * area**2 / (1 + area) - area**2)
-    half = 1.96 * math.sqrt((area * (1 - area) + extra) / (n * m))
-    return max(0.0, area - half), min(1.0, area + half)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

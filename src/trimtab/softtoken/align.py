@@ -128,8 +128,10 @@ def align(
     trainer.calibrate()
     trained = round(cost.record("")["seconds"] - preparing, 2)
     token = SoftToken.of(model, trainer.best, position)
-    before = summary(validate(model, held, None))
-    after = dict(next(h for h in trainer.history if h.get("harmonic_mean") == trainer.best_score))
+    before: dict[str, float | None] = {**summary(validate(model, held, None))}
+    after: dict[str, float | None] = dict(
+        next(h for h in trainer.history if h.get("harmonic_mean") == trainer.best_score)
+    )
     begun = compliant_openings(model, held) if settings.goal == "refuse" else {}
     if begun:
         before["prefill_refusal"] = prefill_refusal(model, held, begun)

@@ -9,7 +9,6 @@ Openings of harmful requests live in memory alone: never written to disk, never 
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 
@@ -53,7 +52,7 @@ class Openings:
         share: chance that a reply has begun with words of its own, and the share of answers that have a lead.
         leads: words of an attack, cut anywhere, before some of the answers, by index; the same at every step, since the reference is computed
             behind them.
-        refusal: what follows a compliant opening.
+        refusals: what follows a compliant opening, by whether a space must come first.
     """
 
     def __init__(
@@ -135,8 +134,10 @@ def compliant_openings(model: Model, held: Examples) -> dict[int, Ids]:
 
 
 @torch.inference_mode()
-def prefill_refusal(model: Model, examples: Examples, begun: dict[int, Ids], vectors: Tensor | None = None) -> float:
-    """How often a reply made to begin with `begun`, by index, goes on as a refusal; NaN where there is nothing to begin with."""
+def prefill_refusal(
+    model: Model, examples: Examples, begun: dict[int, Ids], vectors: Tensor | None = None
+) -> float | None:
+    """How often a reply made to begin with `begun`, by index, goes on as a refusal; `None` where there is nothing to begin with."""
     rows = [Row(i, GOING_ON) for i in begun]
     with slot(model, vectors), progress("after a compliant opening", len(rows)) as advance:
         for chunk in by_length([examples.lengths[row.index] for row in rows], 48):
@@ -145,4 +146,4 @@ def prefill_refusal(model: Model, examples: Examples, begun: dict[int, Ids], vec
             decode(model, tails, examples.past([row.index for row in batch]), batch, vectors=vectors)
             advance(len(batch))
     refused = [is_refusal(model.tokenizer.decode(row.ids, skip_special_tokens=True)) is True for row in rows]
-    return sum(refused) / len(refused) if refused else math.nan
+    return sum(refused) / len(refused) if refused else None

@@ -135,15 +135,15 @@ def references(
     replies: Sequence[Ids],
     anchored: Sequence[int],
     k: int,
-    begun: Mapping[int, Ids] | None = None,
+    leads: Mapping[int, Ids],
 ) -> dict[int, Reference]:
-    """What the untouched model thinks at the first `k` places along its own replies, by index, for the samples `anchored` to it; behind what a
-    reply has `begun` with, if anything."""
+    """What the untouched model thinks at the first `k` places along its own replies, by index, for the samples `anchored` to it; behind the
+    `leads` of those that have one."""
     found: dict[int, Reference] = {}
     with torch.inference_mode(), progress("the base model's answers", len(anchored)) as advance:
         for chunk in by_length([untouched.lengths[i] for i in anchored], 48):
             rows = [anchored[i] for i in chunk]
-            tails = [untouched.tails[i] + (begun or {}).get(i, ()) + padded(replies[i], k)[:-1] for i in rows]
+            tails = [untouched.tails[i] + leads.get(i, ()) + padded(replies[i], k)[:-1] for i in rows]
             reference = Reference.of(forward(model, tails, untouched.past(rows), k))
             found |= {i: reference.row(row) for row, i in enumerate(rows)}
             advance(len(rows))
