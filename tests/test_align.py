@@ -34,6 +34,7 @@ from trimtab.softtoken.train import (
     batch_loss,
     batches,
     initial,
+    sample_losses,
     token_weights,
     validate,
 )
@@ -280,12 +281,26 @@ def test_the_loss_over_fewer_tokens_is_the_loss_of_a_shorter_set(model: Model) -
     assert long.decision > short.decision == 2
     long.decision = 2
     rows = [0, 1, 4, 8]
+    copies = vectors.expand(len(rows), *vectors.shape)
     for ours, theirs in zip(
-        batch_loss(model, long, rows, vectors, SHORT, 0.5, 2),
-        batch_loss(model, short, rows, vectors, SHORT, 0.5, 2),
+        batch_loss(model, long, rows, copies, SHORT, 0.5, 2),
+        batch_loss(model, short, rows, copies, SHORT, 0.5, 2),
         strict=True,
     ):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_refusals_are_read_further_than_answers(model: Model) -> None:
+    """Of answers only what decides; the order of rows does not matter, and neither do others in the batch."""
+    data = training_set(model, "Sorry, but I can't help with that.", 6)
+    data.decision = 2
+    vectors = initial(model, 1, seed=0)
+    rows = [data.examples.indices(g)[i] for g, i in (("plain", 0), ("harmful", 0), ("borderline", 1), ("harmful", 1))]
+    loss, h, b = batch_loss(model, data, rows, vectors.expand(4, 1, -1), SHORT, 0.25, 6)
+    for i, found, k in zip(rows, (b[0], h[0], b[1], h[1]), (2, 6, 2, 6), strict=True):
+        assert torch.allclose(found, sample_losses(model, data, [i], vectors, k, 0)[0], atol=1e-4)
+    assert float(loss) == pytest.approx(0.75 * float(h.mean()) + 0.25 * float(b.mean()), rel=1e-5)
+    assert not torch.allclose(h, sample_losses(model, data, [rows[1], rows[3]], vectors, 2, 0), atol=1e-2)
 
 
 def test_an_expert_also_learns_to_refuse_when_its_reply_has_begun(model: Model) -> None:
@@ -315,11 +330,11 @@ def test_an_expert_also_learns_to_refuse_when_its_reply_has_begun(model: Model) 
     assert 0.15 < sum(behind_attack) / 400 < 0.35
 
     # The losses of begun replies, by hand: the refusal behind the opening; KL along the model's own answer.
-    vectors, k = initial(model, 1, seed=0), 3
+    vectors, k = initial(model, 1, seed=0), data.decision
     counts = torch.tensor(token_weights(9, data.decision, k))
     for i in (led, plain):
         step = next(s for s in range(400) if 0 < begun[i][s][2] < len(data.replies[i]) - k and begun[harmful[0]][s][0])
-        _, h, b = batch_loss(model, data, [harmful[0], i], vectors, SHORT, 0.5, k, step)
+        _, h, b = batch_loss(model, data, [harmful[0], i], vectors.expand(2, 1, -1), SHORT, 0.5, k, step)
 
         def logits(i: int, vectors: torch.Tensor | None, step: int = step) -> torch.Tensor:
             """At the places where the first k ids of what is to be said are due."""
@@ -371,7 +386,7 @@ def test_openings_are_for_the_goal_that_needs_them(model: Model) -> None:
     assert [data.said(i, 0)[1] for i in everyone] == data.replies
 
 
-def test_the_wording_is_looked_at_late(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_third_step_looks_at_the_wording(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     def spy(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -381,9 +396,8 @@ def test_the_wording_is_looked_at_late(model: Model, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("trimtab.softtoken.train.batch_loss", spy)
     settings = SHORT.model_copy(update={"steps": 20, "reply_tokens": 9, "calibration_steps": 2})
     tt.align(model, records(), settings=settings)
-    assert seen[:17] == [seen[0]] * 17
-    assert seen[0] < 9
-    assert seen[17:] == [9] * 5
+    assert seen[0] == 9 > seen[1]
+    assert seen == (seen[:1] + [seen[1]] * 2) * 7 + [9]
 
 
 def test_a_vector_does_not_run_away(model: Model) -> None:

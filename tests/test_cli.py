@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from conftest import build, vectors_for
 from test_align import records
 from test_guided import relative
 from trimtab import cli
+from trimtab.config import AlignCommand, ChatSettings, EvalSettings, ExpertCommand, GenerateSettings
 from trimtab.decoding.generate import generate
 from trimtab.models import Model, load
 from trimtab.neuron.guide import Guide
@@ -135,7 +137,10 @@ EXPERT = ["--expert", "token:{tmp}/token-run"]
         (["align", "{model}", "-o", "{tmp}/x", "--config", "{tmp}/typo.toml"], 2, "Did you mean steps"),
         (["align", "{model}"], 2, "--out"),
         (["align", "{model}", "-o", "{tmp}/x", "--stepz", "3"], 2, "--stepz"),
-        (["eval", "{model}", "-o", "{tmp}/x", "--token", "{tmp}/nowhere"], 1, "holds no token"),
+        (["eval", "{model}", "-o", "{tmp}/x", "--token", "{tmp}/nowhere"], 2, "no folder"),
+        (["eval", "{model}", "-o", "{tmp}/x", "--token", "{tmp}"], 1, "holds no token"),
+        (["eval", "{model}", "-o", "{tmp}/x", "--expert", "lora:{tmp}/nowhere"], 2, "no folder"),
+        (["report", "{tmp}/nowhere", "-o", "{tmp}/r.html"], 2, "no folder"),
         (["eval", "{model}", "-o", "{tmp}/x", "--suite", "builtin:tset"], 2, "Did you mean test?"),
         (["report", "{tmp}", "-o", "{tmp}/r.html"], 1, "no finished run"),
         (["generate", "{model}", "{tmp}/none.jsonl", "-o", "{tmp}/o.jsonl"], 2, "no file"),
@@ -162,7 +167,8 @@ EXPERT = ["--expert", "token:{tmp}/token-run"]
             2,
             "what a neuron did",
         ),
-        (["chat", "{model}", "--expert", "token:{tmp}/nowhere"], 1, "holds no token"),
+        (["chat", "{model}", "--trace", "--token", "{tmp}/token-run"], 2, "what a neuron did"),
+        (["chat", "{model}", "--expert", "token:{tmp}/nowhere"], 2, "no folder"),
         (["chat", "{model}", "--expert", "{tmp}/token-run"], 2, "names no expert"),
         (["chat", "{model}", "--expert", "model:{model}"], 1, "is the base model itself"),
         (["chat", "{model}", "--expert", "model:{other}"], 1, "has another vocabulary"),
@@ -226,10 +232,20 @@ def test_eval_with_an_expert(
     code, text, err = run(monkeypatch, capsys, *arguments)
     assert (code, json.loads(text)["suites"]) == (0, found["suites"])
     assert (out / "replies.jsonl").read_bytes() == before
-    # Another threshold is another measurement; the untouched model stays as it was measured.
+    # Another judge reads the same replies; another threshold is another measurement, and takes nobody's place.
+    assert run(monkeypatch, capsys, *arguments, "--judge", "phrase")[0] == 0
+    assert (out / "replies.jsonl").read_bytes() == before
+    results = (out / "results.json").read_bytes()
     arguments[arguments.index("0.5")] = "0.6"
+    code, text, _ = run(monkeypatch, capsys, *arguments)
+    assert (code, json.loads(text)["kind"]) == (1, "RunError")
+    assert (out / "results.json").read_bytes() == results
+    # The untouched model's replies may be taken along.
+    arguments[arguments.index(out)] = tmp_path / "other"
+    (tmp_path / "other").mkdir()
+    shutil.copy(out / "replies.jsonl", tmp_path / "other")
     assert run(monkeypatch, capsys, *arguments)[0] == 0
-    assert len(lines_of(out / "replies.jsonl")) == len(before.splitlines()) + 6
+    assert len(lines_of(tmp_path / "other" / "replies.jsonl")) == len(before.splitlines()) + 6
 
 
 def test_generate_with_an_expert_and_a_trace(
@@ -262,7 +278,7 @@ def test_a_trace_that_cannot_be_written_is_told_before_the_model_loads(
     (tmp_path / "file").write_text("")
     code, _, err = run(
         monkeypatch, capsys, "generate", "no-such-model", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl",
-        "--trace", tmp_path / "file" / "trace.jsonl",
+        "--trace", tmp_path / "file" / "trace.jsonl", "--expert", f"token:{token_run}",
     )  # fmt: skip
     assert code == 1
     assert "cannot write" in err
@@ -345,7 +361,7 @@ def test_an_expert_is_trained_checked_and_heard(
     assert found["check"]["neuron"]["held-out"]["harmful"]["mean_alpha"] == 1
     assert found["check"]["neuron"]["held-out"]["harmful"]["spike_rate"] == 1
     assert {"manifest.json", "history.json", "report.html", "eval", "adapter"} <= {p.name for p in out.iterdir()}
-    assert "refused after a compliant opening" in " ".join(err.split())
+    assert "refused after a compliant opening" in " ".join(err.split())  # as stdout is for JSON
 
     # The same command again trains and generates nothing.
     replies = (out / "eval" / "replies.jsonl").read_bytes()
@@ -396,6 +412,54 @@ def test_json_says_errors_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     code, out, _ = run(monkeypatch, capsys, "align", "nope", "-o", "x", "--json")
     assert code == 2
     assert json.loads(out)["kind"] == "ModelError"
+    code, out, _ = run(monkeypatch, capsys, "align", "nope", "--json", "--stepz", 3)
+    assert (code, json.loads(out)["kind"]) == (2, "UsageError")
+    assert "--stepz" in json.loads(out)["error"]
+
+
+def test_results_go_to_stdout_unless_json_does(
+    folder: Path, token_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "suite.jsonl"
+    suite.write_text("".join(r.model_dump_json() + "\n" for r in records(2, ("test",))))
+    arguments = ["eval", folder, "--token", token_run, "--suite", suite, "-o", tmp_path / "e", "--max-new-tokens", 3]
+    code, out, err = run(monkeypatch, capsys, *arguments, "--compare")
+    assert code == 0, err
+    assert "refused now" in " ".join(out.split())
+    assert "(before: " in out
+    assert f"Report:{tmp_path}/e/report.html" in "".join(out.split())
+    assert "refused now" not in err
+    code, out, err = run(monkeypatch, capsys, *arguments, "--json")
+    assert json.loads(out)["arm"] == "token"
+    assert "AUC of refusal log-odds" in err
+
+
+VERBS = {
+    "align": AlignCommand,
+    "eval": EvalSettings,
+    "generate": GenerateSettings,
+    "chat": ChatSettings,
+    "expert": ExpertCommand,
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_names_every_default(verb: str) -> None:
+    """The help is written by hand, so that it needs no settings to be imported."""
+    for parameter in typer.main.get_command(cli.app).commands[verb].params:  # type: ignore[attr-defined]
+        field = VERBS[verb].model_fields.get(parameter.name)
+        if field is None or field.is_required() or isinstance(field.default, bool | Path):
+            continue
+        default = field.default
+        said = (
+            ", ".join(default)
+            if isinstance(default, tuple)
+            else f"{default:g}"
+            if isinstance(default, float)
+            else default
+        )
+        if said not in (None, ""):
+            assert f" [{said}]" in parameter.help, parameter.name
 
 
 def test_config_file_and_options_agree(

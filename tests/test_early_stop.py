@@ -9,7 +9,7 @@ import pytest
 from conftest import build, vectors_for
 from trimtab.decoding.engine import Row, Watch
 from trimtab.decoding.generate import generate
-from trimtab.neuron.early_stop import PHRASES, EarlyStop, early_stop
+from trimtab.neuron.early_stop import PHRASES, EarlyStop, early_stop, loops
 from trimtab.neuron.guide import Guide
 from trimtab.neuron.neuron import Neuron
 from trimtab.neuron.rating import alpha_table
@@ -158,3 +158,18 @@ def test_a_plain_reply_is_never_cut() -> None:
     never = Guide(token, Neuron.named("never"), ConstantRisk(9), early_stop="published")
     plain = generate(model, ["Hi"], max_new_tokens=270)
     assert generate(model, ["Hi"], guide=never, max_new_tokens=270) == plain
+
+
+@pytest.mark.parametrize(
+    ("reply", "does"),
+    [
+        ("C:C:C:C:C:C:C:C:C:", True),
+        ("I can help. " + "I'm sorry for the inconvenience. " * 4, True),
+        ("no, no, no, no, no, no, no, no, no", True),
+        ("Use a pot, a pan, a lid, a spoon and a fork.", False),
+        ("I'm sorry. I'm sorry. I'm sorry.", False),  # three times; a poem may
+        ("", False),
+    ],
+)
+def test_a_reply_that_repeats_itself(reply: str, does: bool) -> None:
+    assert loops(reply) is does

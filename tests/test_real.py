@@ -94,7 +94,8 @@ def test_a_short_training_run_moves_harmful_above_benign(smollm2: Model, tmp_pat
     mean = {label: sum(values) / len(values) for label, values in gain.items()}
     assert mean["harmful"] > mean["benign"] > 0
     history = json.loads((tmp_path / "history.json").read_text())
-    first, last = (sum(h["harmful_loss"] for h in part) / 5 for part in (history[:5], history[-5:]))
-    assert last < 0.85 * first  # nats of a refusal
+    for kind in ("harmful_loss", "wording_loss"):  # nats: of a refusal's first word, and of all of it
+        losses = [step[kind] for step in history if kind in step]
+        assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
     replies = tt.generate(smollm2, CHATS, token=token, max_new_tokens=8)
     assert all(reply.text.strip() for reply in replies)

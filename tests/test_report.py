@@ -465,12 +465,13 @@ def test_the_report_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_jump_of_the_loss_is_explained(tmp_path: Path) -> None:
-    steps = [{**step, "reply_tokens": 1 if step["step"] < 3 else 4} for step in history(4)]
-    wide, even = write_run(tmp_path / "wide", history=steps), write_run(tmp_path / "even")
-    sentence = "From step 3 on the loss adds the words after the decision (4 tokens"
-    assert sentence in page(wide, out=tmp_path / "wide.html")
-    assert "From step" not in page(even, out=tmp_path / "even.html")
+def test_steps_that_look_at_whole_refusals_have_a_curve_of_their_own(tmp_path: Path) -> None:
+    steps = history(4)
+    steps[2] = {"wording_loss": 4.5, **{k: v for k, v in steps[2].items() if k != "harmful_loss"}}
+    whole, even = write_run(tmp_path / "whole", history=steps), write_run(tmp_path / "even")
+    for text in ("every third looks at whole refusals", "Loss of whole refusals over 4 steps. It ends at 4.50."):
+        assert text in page(whole, out=tmp_path / "whole.html")
+        assert text not in page(even, out=tmp_path / "even.html")
 
 
 LIF = {"kind": "lif", "tau": 8.0, "threshold": 1.0, "keep": 0.6, "rate": 0.0, "divergence": "tv"}

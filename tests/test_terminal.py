@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from conftest import build, vectors_for
-from trimtab import terminal
+from trimtab import run, terminal
 from trimtab.decoding.engine import Row
 from trimtab.decoding.generate import Reply, generate
 from trimtab.models import Model
@@ -107,12 +107,12 @@ def test_a_turn_too_long_is_told_and_forgotten(tiny: Callable[..., Model]) -> No
     assert turns[3]["content"] == expected.text
 
 
-def test_the_prompt_stays_off_stdout(
+def test_the_conversation_leaves_stdout_to_json(
     tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which is for results: `--json` ends it with one object."""
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\n"))
-    assert len(converse(tiny("llama", "default"), {}, {"max_new_tokens": 2}, False)) == 2
+    people = run.screen(as_json=True)
+    assert len(converse(tiny("llama", "default"), {}, {"max_new_tokens": 2}, False, people)) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("> ") >= 2

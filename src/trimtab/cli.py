@@ -1,4 +1,5 @@
-"""The command line: thin verbs over the API. Progress goes to stderr; `--json` ends stdout with one JSON object.
+"""The command line: thin verbs over the API. Progress goes to stderr, results to stdout; with `--json` stdout ends with one JSON object, and what is
+for people goes to stderr.
 
 Exit codes: 0 done, 1 failed, 2 unusable arguments, 130 interrupted. Nothing heavy is imported before a verb runs, so `--help` is
 quick.
@@ -9,14 +10,17 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from trimtab.errors import ConfigError, TrimtabError
+from trimtab.errors import ConfigError, TrimtabError, UsageError
 
+# What typer raises for arguments that it cannot read; the class has no public name.
+ParseError: Any = typer.BadParameter.__base__
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 app = typer.Typer(
@@ -33,8 +37,10 @@ Json = Annotated[bool, typer.Option("--json", help="end stdout with one JSON obj
 Seed = Annotated[int | None, typer.Option(help="of everything that is drawn [0]")]
 # Options that several verbs share; None is "not given".
 COMMON: dict[str, Any] = {
-    "dtype": Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; chosen for the device")],
-    "device": Annotated[str | None, typer.Option(help="cpu, cuda, mps; the first accelerator there is")],
+    "dtype": Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; chosen for the device if not given")
+    ],
+    "device": Annotated[str | None, typer.Option(help="cpu, cuda, mps; the first accelerator there is if not given")],
     "revision": Annotated[str | None, typer.Option(help="commit or tag of a hub model")],
     "config": Annotated[Path | None, typer.Option(help="TOML file with the same settings as these options")],
     "as_json": Json,
@@ -46,15 +52,28 @@ GUIDANCE: dict[str, Any] = {
     "expert": Annotated[
         str | None, typer.Option(metavar="REF", help="token:RUN, lora:DIR or model:ID, heard when the neuron fires")
     ],
-    "neuron": Annotated[str | None, typer.Option(help="lif, paper, primed, ema, always, never or random:P [lif]")],
+    "neuron": Annotated[
+        str | None,
+        typer.Option(
+            help="lif (as in the published code), paper (hard reset), primed (may fire at the first token); for ablation ema, always, never, random:P [lif]"
+        ),
+    ],
     "threshold": Annotated[float | None, typer.Option(help="membrane potential at which the neuron fires [1]")],
     "divergence": Annotated[str | None, typer.Option(help="of base and expert: tv, js, kl or cosine [tv]")],
     "risk": Annotated[
-        str | None, typer.Option(help="who rates requests: expert, self, logits, guard:MODEL or const:R [expert]")
+        str | None,
+        typer.Option(
+            help="who rates requests from 0, harmless, to 10: expert, self, logits, guard:MODEL or const:R [expert]"
+        ),
     ],
-    "alpha": Annotated[str | None, typer.Option(help="strength from risk: code, paper, or one number for all [code]")],
+    "alpha": Annotated[
+        str | None,
+        typer.Option(help="strength of the expert, 0 to 1, by risk: table code or paper, or one number for all [code]"),
+    ],
     "early_stop": Annotated[str | None, typer.Option(help="cut degenerate tails: off, published or corrected [off]")],
-    "draft": Annotated[int | None, typer.Option(help="tokens a model:ID expert writes ahead; adaptive if not given")],
+    "draft": Annotated[
+        int | None, typer.Option(help="tokens a model:ID expert writes ahead; as many as pay if not given")
+    ],
 }
 
 
@@ -97,24 +116,31 @@ def demo(
 def align(
     model: ModelName,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="run folder")],
-    data: Annotated[str | None, typer.Option(help="builtin, a .jsonl file or hf:owner/name@revision:split")] = None,
-    limit: Annotated[int | None, typer.Option(help="train on at most so many prompts, in proportion")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="builtin, a .jsonl file or hf:owner/name@revision:split [builtin]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="train on at most so many prompts, in proportion [all]")] = None,
     tokens: Annotated[int | None, typer.Option(help="number of soft tokens [1]")] = None,
     goal: Annotated[
         str | None, typer.Option(help="balance, or refuse: an expert for guided decoding [balance]")
     ] = None,
     position: Annotated[
-        str | None, typer.Option(help="start, after_bos, system, user, assistant, reply; auto tries them all")
+        str | None,
+        typer.Option(help="start, after_bos, system, user, assistant, reply; auto tries them all [assistant]"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="training steps")] = None,
+    steps: Annotated[int | None, typer.Option(help="training steps [72]")] = None,
     seed: Annotated[int | None, typer.Option(help="of batches and initial vector [0]")] = None,
-    radius: Annotated[float | None, typer.Option(help="step size, in nats of loss")] = None,
-    batch: Annotated[int | None, typer.Option(help="harmful, and as many benign, requests in a step")] = None,
-    reply_tokens: Annotated[int | None, typer.Option(help="k: reply tokens the loss sees")] = None,
-    benign_weight: Annotated[float | None, typer.Option(help="lambda: share of the benign loss, 0 to 1")] = None,
-    gamma: Annotated[float | None, typer.Option(help="focal exponent; 0 is plain training")] = None,
-    focal: Annotated[str | None, typer.Option(help="which samples count most: hard or easy")] = None,
-    check: Annotated[int | None, typer.Option(help="held-out prompts compared before and after; 0 for none")] = None,
+    radius: Annotated[float | None, typer.Option(help="step size, in nats of loss [0.2]")] = None,
+    batch: Annotated[int | None, typer.Option(help="harmful, and as many benign, requests in a step [24]")] = None,
+    reply_tokens: Annotated[
+        int | None, typer.Option(help="k: first tokens of a refusal that the loss sees [16]")
+    ] = None,
+    benign_weight: Annotated[float | None, typer.Option(help="lambda: share of the benign loss, 0 to 1 [0.8]")] = None,
+    gamma: Annotated[float | None, typer.Option(help="focal exponent; 0 is plain training [0]")] = None,
+    focal: Annotated[str | None, typer.Option(help="which samples count most: hard or easy [hard]")] = None,
+    check: Annotated[
+        int | None, typer.Option(help="held-out prompts compared before and after; 0 for none [120]")
+    ] = None,
     **shared: Any,
 ) -> None:
     """Train one soft token; the model stays frozen. The same command goes on with a run that was interrupted."""
@@ -126,17 +152,19 @@ def align(
 def evaluate(
     model: ModelName,
     out: Out,
-    suite: Annotated[list[str] | None, typer.Option(help="a .jsonl file or builtin:test; may be repeated")] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="a .jsonl file or builtin:test; may be repeated [builtin:test]")
+    ] = None,
     judge: Annotated[
         list[str] | None,
         typer.Option(
             help="keyword (begins by declining), strict (and says that it cannot), phrase (declines anywhere), logit; may be repeated [keyword, logit]"
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="at most so many rows a suite, in proportion")] = None,
+    limit: Annotated[int | None, typer.Option(help="at most so many rows a suite, in proportion [all]")] = None,
     compare: Annotated[bool | None, typer.Option("--compare", help="also measure the model without the token")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply")] = None,
-    batch: Annotated[int | None, typer.Option(help="replies generated together")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply, in tokens [64]")] = None,
+    batch: Annotated[int | None, typer.Option(help="replies generated together [32]")] = None,
     **shared: Any,
 ) -> None:
     """Measure refusals on suites of labelled prompts. The same command again does only what is missing."""
@@ -145,22 +173,26 @@ def evaluate(
     from trimtab.evaluation.run import evaluate as run
     from trimtab.report.build import build
     from trimtab.report.summary import print_results
+    from trimtab.run import screen
 
     settings = settle(EvalSettings, given, shared["config"])
     loaded, guidance = _load(settings)
-    result = run(
-        loaded,
-        settings.suite,
-        **guidance,
-        out=settings.out,
-        compare=settings.compare,
-        judges=settings.judge,
-        limit=settings.limit,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch,
-    )
-    print_results(result)
+    with _resumable(settings.out):
+        result = run(
+            loaded,
+            settings.suite,
+            **guidance,
+            out=settings.out,
+            compare=settings.compare,
+            judges=settings.judge,
+            limit=settings.limit,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch,
+        )
+    people = screen(shared["as_json"])
+    print_results(result, people)
     report_path = build([settings.out], settings.out / "report.html")
+    people.print(f"Report: {report_path}")
     _finish(shared["as_json"], {**result, "report": str(report_path)})
 
 
@@ -170,22 +202,22 @@ def generate(
     model: ModelName,
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help='lines {"id", "prompt" | "messages", "prefill"?}')],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT.jsonl", help="replies, in the same order")],
-    max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply [256]")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply, in tokens [256]")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy [0]")] = None,
-    top_p: Annotated[float | None, typer.Option(help="nucleus; 1 is off")] = None,
-    top_k: Annotated[int | None, typer.Option(help="draw from the k likeliest; 0 is off")] = None,
+    top_p: Annotated[float | None, typer.Option(help="nucleus; 1 is off [1]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="draw from the k likeliest; 0 is off [0]")] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="drop what is less likely than this share of the best; 0 is off")
+        float | None, typer.Option(help="drop what is less likely than this share of the best; 0 is off [0]")
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="above 1, what was said is less likely; 1 is off")
+        float | None, typer.Option(help="above 1, what was said is less likely; 1 is off [1]")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="a string that ends a reply; may be repeated")] = None,
     seed: Seed = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="TRACE.jsonl", help="what the neuron did, a line a token")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="replies generated together")] = None,
+    batch: Annotated[int | None, typer.Option(help="replies generated together [16]")] = None,
     **shared: Any,
 ) -> None:
     """Reply to every prompt of a file: {"id", "reply", "tokens", "stop"} a line, in input order."""
@@ -194,15 +226,14 @@ def generate(
     from trimtab.decoding.generate import generate as run
     from trimtab.decoding.generate import traces
     from trimtab.prompts.sources import read_chats
-    from trimtab.run import console, create, progress, write_jsonl
+    from trimtab.run import console, create, progress, screen, write_jsonl
 
     settings = settle(GenerateSettings, given, shared["config"])
+    _require_neuron(settings)
     chats, broken = read_chats(settings.source)
     for file in filter(None, (settings.out, settings.trace)):
         create(file.parent)
     loaded, guidance = _load(settings)
-    if settings.trace and not guidance["guide"]:
-        raise ConfigError("--trace shows what a neuron did, and here is none.", "Add --expert.")
     with progress("replies", len(chats)) as advance:
         replies = run(
             loaded,
@@ -233,6 +264,7 @@ def generate(
         console.print(
             f"{unrated} of {len(chats)} requests could not be rated; the expert was at its strongest for them"
         )
+    screen(shared["as_json"]).print(f"{len(lines) - len(failed)} replies: {settings.out}")
     _finish(shared["as_json"], {"out": str(settings.out), "n": len(lines), "failed": len(failed), "unrated": unrated})
     if failed:
         raise typer.Exit(1)
@@ -242,7 +274,7 @@ def generate(
 @with_options(GUIDANCE, COMMON)
 def chat(
     model: ModelName,
-    max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply [256]")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply, in tokens [256]")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy [0]")] = None,
     seed: Seed = None,
     trace: Annotated[
@@ -253,13 +285,15 @@ def chat(
     """Talk to a model, guided or not; an empty line ends it."""
     given = _given(locals())
     from trimtab.config import ChatSettings, settle
+    from trimtab.run import console, screen
     from trimtab.terminal import converse
 
     settings = settle(ChatSettings, given, shared["config"])
+    _require_neuron(settings)
     loaded, guidance = _load(settings)
-    turns = converse(
-        loaded, guidance, settings.model_dump(include={"max_new_tokens", "temperature", "seed"}), settings.trace
-    )
+    console.print("an empty line ends the conversation")
+    sampling = settings.model_dump(include={"max_new_tokens", "temperature", "seed"})
+    turns = converse(loaded, guidance, sampling, settings.trace, screen(shared["as_json"]))
     _finish(shared["as_json"], {"messages": turns})
 
 
@@ -268,20 +302,24 @@ def chat(
 def expert(
     model: ModelName,
     out: Out,
-    data: Annotated[str | None, typer.Option(help="builtin, a .jsonl file or hf:owner/name@revision:split")] = None,
-    limit: Annotated[int | None, typer.Option(help="train on at most so many prompts, in proportion")] = None,
-    rank: Annotated[int | None, typer.Option(help="of the adapter's matrices")] = None,
-    steps: Annotated[int | None, typer.Option(help="training steps")] = None,
-    batch: Annotated[int | None, typer.Option(help="harmful, and as many benign, requests in a step")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="of AdamW")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="builtin, a .jsonl file or hf:owner/name@revision:split [builtin]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="train on at most so many prompts, in proportion [1600]")] = None,
+    rank: Annotated[int | None, typer.Option(help="of the adapter's matrices [8]")] = None,
+    steps: Annotated[int | None, typer.Option(help="training steps [200]")] = None,
+    batch: Annotated[int | None, typer.Option(help="harmful, and as many benign, requests in a step [8]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="of AdamW [0.002]")] = None,
     prefix_share: Annotated[
-        float | None, typer.Option(help="share of refusals trained behind a compliant opening")
+        float | None, typer.Option(help="share of refusals trained behind a compliant opening [0.5]")
     ] = None,
     max_prefix: Annotated[
-        int | None, typer.Option(help="tokens of an opening, at most, but for words of an attack")
+        int | None, typer.Option(help="tokens of an opening, at most, but for words of an attack [12]")
     ] = None,
-    benign_weight: Annotated[float | None, typer.Option(help="lambda: share of the benign loss, 0 to 1")] = None,
-    check: Annotated[int | None, typer.Option(help="held-out prompts compared before and after; 0 for none")] = None,
+    benign_weight: Annotated[float | None, typer.Option(help="lambda: share of the benign loss, 0 to 1 [0.7]")] = None,
+    check: Annotated[
+        int | None, typer.Option(help="held-out prompts compared before and after; 0 for none [120]")
+    ] = None,
     seed: Seed = None,
     **shared: Any,
 ) -> None:
@@ -291,18 +329,15 @@ def expert(
     from trimtab.neuron.deep_alignment import train_expert
     from trimtab.prompts.sources import load_prompts
     from trimtab.report.summary import check_expert
-    from trimtab.run import console
+    from trimtab.run import screen
 
     settings = settle(ExpertCommand, given, shared["config"])
     records = load_prompts(settings.data)
     loaded = _load_model(settings)
     fields = settings.model_dump(include=set(ExpertSettings.model_fields))
-    try:
+    with _resumable(settings.out):
         train_expert(loaded, records, out=settings.out, settings=ExpertSettings(**fields))
-        result = check_expert(loaded, records, settings.out, settings.check)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; run the same command again to go on ({settings.out} is kept)")
-        raise
+        result = check_expert(loaded, records, settings.out, settings.check, screen(shared["as_json"]))
     _finish(shared["as_json"], result)
 
 
@@ -314,9 +349,10 @@ def report(
 ) -> None:
     """One self-contained page on one run, or comparing several."""
     from trimtab.report.build import build
+    from trimtab.run import screen
 
     path = build(runs, out)
-    typer.echo(f"report: {path}", err=True)
+    screen(as_json).print(f"Report: {path}")
     _finish(as_json, {"report": str(path)})
 
 
@@ -324,40 +360,62 @@ def report(
 def doctor(as_json: Json = False) -> None:
     """What this machine can do, and why not."""
     from trimtab.doctor import examine, print_findings
+    from trimtab.run import screen
 
     findings = examine()
-    print_findings(findings)
+    print_findings(findings, screen(as_json))
     _finish(as_json, {"findings": findings})
 
 
 def main() -> None:
     """Run a verb; a user's mistake is told without a traceback."""
+    failure = None
     try:
-        app()
+        code = app(standalone_mode=False) or 0  # of typer.Exit
+        if code == 130:
+            failure = {"error": "interrupted", "kind": "KeyboardInterrupt"}
     except TrimtabError as error:
         typer.echo(f"error: {error}", err=True)
-        if "--json" in sys.argv:
-            typer.echo(json.dumps({"error": str(error), "kind": type(error).__name__}))
-        sys.exit(error.exit_code)
+        code, failure = error.exit_code, {"error": str(error), "kind": type(error).__name__}
+    except ParseError as error:
+        error.show()
+        code, failure = error.exit_code, {"error": error.format_message(), "kind": UsageError.__name__}
+    if failure and "--json" in sys.argv:
+        typer.echo(json.dumps(failure))
+    sys.exit(code)
 
 
 def _align(given: dict[str, Any], config: Path | None, as_json: bool) -> None:
     from trimtab.config import AlignCommand, settle
     from trimtab.prompts.sources import load_prompts
     from trimtab.report.summary import check_and_report
-    from trimtab.run import console
+    from trimtab.run import screen
     from trimtab.softtoken.align import align as run
 
     settings = settle(AlignCommand, given, config)
     records = load_prompts(settings.data)
     model = _load_model(settings)
-    try:
+    with _resumable(settings.out):
         token = run(model, records, out=settings.out, settings=settings.align())
-        result = check_and_report(model, token, records, settings.out, settings.check)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; run the same command again to go on ({settings.out} is kept)")
-        raise
+        result = check_and_report(model, token, records, settings.out, settings.check, screen(as_json))
     _finish(as_json, result)
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Say on Ctrl-C that nothing is lost."""
+    from trimtab.run import console
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"interrupted; run the same command again to go on ({folder} is kept)")
+        raise
+
+
+def _require_neuron(settings: Any) -> None:
+    if settings.trace and not settings.expert:
+        raise ConfigError("--trace shows what a neuron did, and here is none.", "Add --expert.")
 
 
 def _load_model(settings: Any) -> Any:

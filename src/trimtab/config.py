@@ -51,8 +51,8 @@ class AlignSettings(Settings):
     """Of the Fisher matrix, relative to its mean diagonal."""
     batch: int = Field(default=24, ge=2)
     """Harmful and as many benign requests in a step."""
-    reply_tokens: int = Field(default=4, ge=1, le=64)
-    """k: first tokens of the reply that the loss sees."""
+    reply_tokens: int = Field(default=16, ge=1, le=64)
+    """k: first tokens of a refusal that the loss sees; room for a whole one, so that it also learns to end there."""
     benign_weight: float = Field(default=0.8, ge=0, le=1)
     """lambda: share of the benign loss."""
     gamma: float = Field(default=0.0, ge=0)

@@ -7,9 +7,10 @@ import shutil
 from importlib.util import find_spec
 from typing import TypedDict
 
+from rich.console import Console
 from rich.markup import escape
 
-from trimtab.run import PACKAGES, console, environment
+from trimtab.run import PACKAGES, environment
 
 
 class Finding(TypedDict):
@@ -41,7 +42,7 @@ def examine() -> list[Finding]:
         findings.append(_finding(f"model {alias}", here, found, mend))
     findings.append(_finding("device", True, f"{choose_device(None, None)[2]}; {torch.get_num_threads()} threads", ""))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else 0.0
-    findings.append(_finding("memory", memory >= 4, f"{memory:.0f} GB", "the embedded model wants 4 GB"))
+    findings.append(_finding("memory", memory >= 7.5, f"{memory:.0f} GB", "training for the embedded model wants 8 GB"))
     cache = cache_dir()
     existing = next(p for p in (cache, *cache.parents) if p.exists())
     room, writable = shutil.disk_usage(existing).free / 1e9, os.access(existing, os.W_OK)
@@ -50,7 +51,12 @@ def examine() -> list[Finding]:
     findings.append(_finding(f"cache {cache}", room >= 2 and writable, state, mend))
     offline = bool(os.environ.get("HF_HUB_OFFLINE"))
     findings.append(
-        _finding("hub", not offline, "offline (HF_HUB_OFFLINE)" if offline else "not tried", "unset HF_HUB_OFFLINE")
+        _finding(
+            "hub",
+            not offline,
+            "offline (HF_HUB_OFFLINE)" if offline else "allowed; whether it answers was not tried",
+            "unset HF_HUB_OFFLINE",
+        )
     )
     for extra, module in (("data", "datasets"), ("expert", "peft"), ("bench", "accelerate")):
         here = find_spec(module) is not None
@@ -62,12 +68,12 @@ def examine() -> list[Finding]:
     return findings
 
 
-def print_findings(findings: list[Finding]) -> None:
+def print_findings(findings: list[Finding], screen: Console) -> None:
     """One line each; what is missing says how to get it."""
     for f in findings:
         mark = "[green]yes[/green]" if f["ok"] else "[yellow]no [/yellow]"
         told = f"{f['what']}: {f['found']}" + ("" if f["ok"] else f"  ->  {f['mend']}")
-        console.print(f"{mark} {escape(told)}")  # an extra's brackets are no markup
+        screen.print(f"{mark} {escape(told)}")  # an extra's brackets are no markup
 
 
 def _finding(what: str, ok: bool, found: str, mend: str) -> Finding:

@@ -3,6 +3,7 @@
     TrimtabError            exit 1   something failed
     ├── UsageError          exit 2   the arguments cannot be used
     │   ├── ConfigError              a setting is unknown or out of range
+    │   ├── PathError                a path that was given leads nowhere
     │   ├── ModelError               the model cannot be found or loaded
     │   └── DataError                a prompt file or data set cannot be read
     ├── ChatError           exit 1   a conversation cannot be rendered for this model
@@ -43,6 +44,10 @@ class UsageError(TrimtabError):
 
 class ConfigError(UsageError):
     """A setting is unknown, missing or out of range."""
+
+
+class PathError(UsageError):
+    """A path that was given leads nowhere."""
 
 
 class ModelError(UsageError):

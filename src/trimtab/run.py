@@ -20,11 +20,23 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trimtab.errors import RunError
+from trimtab.errors import PathError, RunError
 
-# People read stderr; stdout is for results.
+# Progress and notes; results go to stdout.
 console = Console(stderr=True, highlight=False)
 PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
+
+
+def screen(as_json: bool) -> Console:
+    """Where results for people go: stdout, which they leave to programs that asked for JSON."""
+    return Console(stderr=as_json, highlight=False)
+
+
+def existing(folder: Path) -> Path:
+    """Raises PathError where there is no such folder."""
+    if not folder.is_dir():
+        raise PathError(f"no folder {folder}.", "Give the folder of a finished run.")
+    return folder
 
 
 def create(folder: Path) -> Path:
@@ -53,7 +65,7 @@ def claim(folder: Path, key: str) -> None:
     mark = folder / "run.json"
     if mark.exists() and read_json(mark)["key"] != key:
         raise RunError(
-            f"{folder} holds another run (other model, data or settings).",
+            f"{folder} holds another run (of another model or token, or with other data or settings).",
             "Give another folder with -o, or delete this one.",
         )
     write_json(mark, {"key": key})

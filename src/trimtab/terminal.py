@@ -22,18 +22,17 @@ def converse(
     guidance: dict[str, Any],
     options: dict[str, Any],
     trace: bool,
+    console: Console,
     *,
     ask: Callable[[str], str] | None = None,
-    console: Console | None = None,
 ) -> list[dict[str, str]]:
     """Ask, reply, ask again, until an empty line, the end of input, or Ctrl-C; the conversation is returned.
 
     Args:
         guidance: `token` or `guide` for `generate`. options: its other arguments.
-        trace: colour the tokens that the expert chose, and draw the membrane below each reply.
+        trace: colour the tokens that the expert chose, and draw the membrane below each reply. console: where replies go. ask: for the user's words.
     """
-    console = console or Console(stderr=True, highlight=False)
-    ask = ask or console.input  # not `input`, whose prompt would go to stdout
+    ask = ask or console.input  # not `input`, whose prompt would always go to stdout
     turns: list[dict[str, str]] = []
     while True:
         try:

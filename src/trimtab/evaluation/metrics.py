@@ -13,7 +13,8 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     p = hits / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Exact at the ends, where rounding would leave a trace of noise.
+    return centre - half if hits else 0.0, centre + half if hits < n else 1.0
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:

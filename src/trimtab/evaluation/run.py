@@ -23,13 +23,14 @@ from trimtab.evaluation.judges import JUDGES
 from trimtab.evaluation.metrics import auc, mcnemar, wilson
 from trimtab.evaluation.suites import Suite, load_suite
 from trimtab.models import Model, describe_machine, slot
+from trimtab.neuron.early_stop import loops
 from trimtab.neuron.expert import Expert
 from trimtab.neuron.guide import Guide
 from trimtab.neuron.rating import injections
 from trimtab.neuron.risk import ConstantRisk, talked_round
 from trimtab.prompts.records import Record
 from trimtab.refusal import opening_log_odds
-from trimtab.run import Cost, Records, console, create, digest, environment, progress, write_json
+from trimtab.run import Cost, Records, claim, console, create, digest, environment, progress, write_json
 from trimtab.softtoken.artifact import SoftToken
 
 Stored = dict[str, Any]
@@ -54,12 +55,12 @@ def evaluate(
     Args:
         suites: `.jsonl` files, `builtin:test`, or suites already loaded.
         token: a soft token that is always on; checked against the model. guide: neuron-guided decoding. Not both.
-        out: run folder for replies and results.
+        out: run folder for replies and results, of one model with one token or guide.
         compare: also measure the untouched model on the same prompts, with paired tests.
         limit: at most so many rows a suite, stratified.
 
     Returns:
-        `{"suites": {name: {"n", "harmful"|"benign": {judge: {"refusal_rate", "ci95", "unscored"}}}}, "auc": {...}}`, and with
+        `{"suites": {name: {"n", "harmful"|"benign": {judge: {"refusal_rate", "ci95", "unscored"}}}}, "auc": {...}, "looping": {...}}`, and with
         `compare` also `base` (the same for the untouched model) and `paired`; under a guide also `guide`, `neuron` (what it did) and `injections`
         (how often its rater is talked round). Written to `results.json` as well.
     """
@@ -70,6 +71,8 @@ def evaluate(
     expert = guide.expert_for(model) if guide else None
     guidance: Guidance = replace(guide, expert=expert) if guide and expert else token
     folder, cost = create(Path(out)), Cost()
+    # Suites and judges may be added to a folder; what is measured stays.
+    claim(folder, digest(model.fingerprint, str(model.dtype), template_hash(model), _speaker(model, guidance)))
     loaded = [s if isinstance(s, Suite) else load_suite(s, limit=limit) for s in suites]
     for suite in loaded:
         if len(suite.records) < suite.total:
@@ -109,7 +112,7 @@ def _measure(
     token = guidance if isinstance(guidance, SoftToken) else None
     prompts = [_render(model, record, token) for record in suite.records]
     guide = guidance if isinstance(guidance, Guide) else None
-    who = guide.describe(guide.expert_for(model)) if guide else token.sha256() if token else ""
+    who = _speaker(model, guidance)
     keys = [digest(model.fingerprint, str(model.dtype), who, max_new_tokens, p.ids) for p in prompts]
     missing = [i for i, key in enumerate(keys) if key not in store]
     with progress(f"{suite.name} ({arm})", len(missing)) as advance:
@@ -124,6 +127,13 @@ def _measure(
                 store.add(keys[i], id=suite.records[i].id, arm=arm, **fields)
             advance(len(batch))
     return [{**store[k], **r.model_dump(exclude={"split"})} for r, k in zip(suite.records, keys, strict=True)]
+
+
+def _speaker(model: Model, guidance: Guidance) -> Any:
+    """What replies depend on besides the model: the token, or everything about the guide."""
+    if isinstance(guidance, Guide):
+        return guidance.describe(guidance.expert_for(model))
+    return guidance.sha256() if guidance else ""
 
 
 def _by_itself(
@@ -220,7 +230,11 @@ def _render(model: Model, record: Record, token: SoftToken | None) -> Prompt:
 
 
 def _results(rows: Mapping[str, list[Stored]], judges: Sequence[str]) -> dict[str, Any]:
-    return {"suites": {name: summarise(part, judges) for name, part in rows.items()}, "auc": _aucs(rows)}
+    return {
+        "suites": {name: summarise(part, judges) for name, part in rows.items()},
+        "auc": _aucs(rows),
+        "looping": looping(row for part in rows.values() for row in part),
+    }
 
 
 def summarise(rows: Sequence[Stored], judges: Sequence[str]) -> dict[str, Any]:
@@ -245,6 +259,16 @@ def rate(rows: Iterable[Stored], judge: str) -> dict[str, Any]:
         "ci95": [low, high],
         "n": len(scored),
         "unscored": len(verdicts) - len(scored),
+    }
+
+
+def looping(rows: Iterable[Stored]) -> dict[str, Any]:
+    """Share of all replies that end up repeating themselves, which no judge of refusals sees."""
+    found = [loops(str(row["reply"])) for row in rows]
+    return {
+        "share": sum(found) / len(found) if found else None,
+        "ci95": wilson(sum(found), len(found)),
+        "n": len(found),
     }
 
 

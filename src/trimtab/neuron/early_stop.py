@@ -32,7 +32,7 @@ PHRASES = (
 )
 _EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 _CONTROL = re.compile(r"[\x00-\x1f]")
-_REPEATED = re.compile(r"(.{4,}?)\1{3,}", re.DOTALL)  # the same few characters four times in a row
+_REPEATED = re.compile(r"(.{4,}?)\1{3,}", re.DOTALL)
 
 
 def early_stop(rule: EarlyStop, alphas: Sequence[float], text: Callable[[Sequence[int]], str]) -> Watch:
@@ -55,6 +55,11 @@ def early_stop(rule: EarlyStop, alphas: Sequence[float], text: Callable[[Sequenc
     return watch
 
 
+def loops(text: str) -> bool:
+    """Whether a text says the same few characters, or the same sentence, four times in a row."""
+    return bool(_REPEATED.search(text))
+
+
 def _refuses(text: str) -> bool:
     words = text.lower().replace("’", "'")
     return any(phrase in words for phrase in PHRASES)
@@ -65,4 +70,4 @@ def _published(text: str) -> bool:
 
 
 def _corrected(text: str) -> bool:
-    return _refuses(text) or bool(_REPEATED.search(text))
+    return _refuses(text) or loops(text)

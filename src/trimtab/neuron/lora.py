@@ -24,7 +24,7 @@ from trimtab.chat import template_hash
 from trimtab.errors import ModelError, NoEffectError, UsageError
 from trimtab.identity import FORMAT, Identity, read_whole
 from trimtab.models import Model
-from trimtab.run import create, write, write_json
+from trimtab.run import create, existing, write, write_json
 
 WEIGHTS, CONFIG, IDENTITY = "adapter_model.safetensors", "adapter_config.json", "expert.json"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -116,7 +116,7 @@ def load_adapter(folder: Path, model: Model) -> Model:
     compute, so both models are the untouched base.
 
     Raises:
-        ArtefactError: missing, truncated or edited files; a model that differs, and in what.
+        PathError: no such folder. ArtefactError: missing, truncated or edited files; a model that differs, and in what.
         UsageError: peft is missing, or the model wears an adapter already.
     """
     path = _adapter_folder(folder)
@@ -187,9 +187,9 @@ def identity(folder: Path) -> ExpertIdentity:
     """Of a whole, unedited adapter, from its folder or from the run folder above it.
 
     Raises:
-        ArtefactError: it is not one, and why.
+        PathError: no such folder. ArtefactError: it is not one, and why.
     """
-    path = _adapter_folder(folder)
+    path = _adapter_folder(existing(folder))
     found = ExpertIdentity.read(path / IDENTITY)
     for name, sha256 in ((WEIGHTS, found.sha256), (CONFIG, found.config_sha256)):
         read_whole(path / name, sha256)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product, takewhile
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from trimtab.evaluation.metrics import auc_interval, mcnemar
 from trimtab.report import neuron, plots
 from trimtab.report.plots import GROUPS, Arm, Rate, pooled, rate, suites
 from trimtab.report.replies import HARMFUL_WORDS, cut, group_of, members, pair, pairs
-from trimtab.run import create, read_json, write
+from trimtab.run import create, existing, read_json, write
 
 MEANING = {
     "harmful": "harmful requests",
@@ -103,8 +103,9 @@ def read_run(folder: Path) -> Run:
     """Read a run of `align` or `expert` (with its evaluation in `eval/`, if any) or of `eval`.
 
     Raises:
-        RunError: it is neither, or a file in it is damaged.
+        PathError: no such folder. RunError: it is neither, or a file in it is damaged.
     """
+    existing(folder)
 
     def part(path: Path, empty: Any) -> Any:
         value = read_json(path) if path.exists() else empty
@@ -154,6 +155,7 @@ def section(run: Run, mark: str) -> dict[str, Any]:
         "neuron": _neuron(run),
         "numbers": list(_numbers(run)),
         "aucs": list(_aucs(run)),
+        "looping": [arm["looping"] for arm in run.arms if arm and "looping" in arm],
         "pilots": list(_pilots(manifest)),
         "settings": list(_flat({k: v for k, v in manifest.items() if k != "pilots"})),
         "evaluation": list(_flat({k: run.results.get(k) for k in ("model", "arm", "guide", "cost", "environment")})),
@@ -273,13 +275,12 @@ def _training(run: Run) -> dict[str, Any] | None:
         return None
     before, after = run.manifest["validation"]["before"], run.manifest["validation"]["after"]
     pairs = zip(_validated(run.manifest, before), _validated(run.manifest, after), strict=True)
-    widened = [b for a, b in pairwise(run.history) if b.get("reply_tokens", 0) > a.get("reply_tokens", 0)]
     return {
         "curves": list(plots.curves(run.history, after.get("step"))),
         "rates": [(title, was, now) for (title, was), (_, now) in pairs],
         "auc": (before["auc"], after["auc"]),
         "chosen": "step" in after,
-        "widened": widened[0] if widened else None,
+        "wording": any("wording_loss" in step for step in run.history),
     }
 
 

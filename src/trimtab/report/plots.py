@@ -153,8 +153,16 @@ def curves(history: Sequence[Mapping[str, Any]], kept: int | None) -> Iterator[d
     """Loss, length of the vector and validation over the steps, where they were recorded; `kept` is the step whose vector was kept."""
     last, losses = history[-1], [("harmful", "harmful"), ("borderline", "benign")]
     looks = [("harmful", "harmful refused"), ("borderline", "benign answered"), ("plain", "AUC")]
+    decision, wording = ([row[name] for row in history if name in row] for name in ("harmful_loss", "wording_loss"))
     for title, field, draw, key, end in (
-        ("Loss", "loss", loss_curve, losses, f"It ends at {last['loss']:.2f}"),
+        (
+            "Loss",
+            "harmful_loss",
+            loss_curve,
+            losses,
+            f"That of harmful requests ends at {[math.nan, *decision][-1]:.2f}",
+        ),
+        ("Loss of whole refusals", "wording_loss", wording_curve, [], f"It ends at {[math.nan, *wording][-1]:.2f}"),
         ("Length of the vector", "norm", norm_curve, [], f"It ends at {last.get('norm', math.nan):.1f}"),
         ("Validation", "auc", validation_curve, looks, f"The vector of step {kept} was kept"),
     ):
@@ -264,6 +272,15 @@ def loss_curve(history: Sequence[Mapping[str, Any]], kept: int | None) -> Markup
             steps, values = _series(history, name)
             axes.plot(steps, values, color=STAND_INS[colour], linewidth=0.8, alpha=0.3)
             axes.plot(steps, _smooth(values), color=STAND_INS[colour])
+        axes.set_ylim(bottom=0)
+        return to_svg(axes)
+
+
+def wording_curve(history: Sequence[Mapping[str, Any]], kept: int | None) -> Markup:
+    """Loss of refusals to their last word, in the steps that look so far."""
+    with rc_context(STYLE):
+        axes = _curve_axes(history, kept)
+        axes.plot(*_series(history, "wording_loss"), color=STAND_INS["harmful"])
         axes.set_ylim(bottom=0)
         return to_svg(axes)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -21,11 +22,13 @@ from trimtab.prompts.records import Record, stratified
 from trimtab.prompts.sources import split_records
 from trimtab.report.build import build
 from trimtab.report.replies import HARMFUL_WORDS
-from trimtab.run import console, read_json
+from trimtab.run import read_json
 from trimtab.softtoken.artifact import SoftToken
 
 
-def check_and_report(model: Model, token: SoftToken, records: Sequence[Record], run: Path, n: int) -> dict[str, Any]:
+def check_and_report(
+    model: Model, token: SoftToken, records: Sequence[Record], run: Path, n: int, screen: Console
+) -> dict[str, Any]:
     """Compare before and after on `n` held-out prompts, write `report.html`, and sum up for the terminal and `--json`."""
     manifest = read_json(run / "manifest.json")
     result: dict[str, Any] = {"run": str(run), **{k: manifest[k] for k in ("token", "validation", "effect_kl", "cost")}}
@@ -34,18 +37,18 @@ def check_and_report(model: Model, token: SoftToken, records: Sequence[Record], 
         chosen = stratified(held_out, n)
         suite = Suite("held-out", tuple(chosen), len(held_out))
         result["check"] = evaluate(model, [suite], token=token, out=run / "eval", compare=True, max_new_tokens=40)
-        print_results(result["check"])
-        _print_pairs(read_json(run / "eval" / "rows.json")["held-out"])
+        print_results(result["check"], screen)
+        _print_pairs(read_json(run / "eval" / "rows.json")["held-out"], screen)
     result["report"] = str(build([run], run / "report.html"))
     cost = manifest["cost"]
-    console.print(
+    screen.print(
         f"{manifest['token']['numbers']} numbers trained in {cost['train_seconds']:.0f} s on {cost['device']} "
         f"(and {cost['prepare_seconds']:.0f} s to prepare). Report: {result['report']}"
     )
     return result
 
 
-def check_expert(model: Model, records: Sequence[Record], run: Path, n: int) -> dict[str, Any]:
+def check_expert(model: Model, records: Sequence[Record], run: Path, n: int, screen: Console) -> dict[str, Any]:
     """The expert by itself against the untouched model on `n` held-out prompts, and the report; sums up for the terminal and `--json`."""
     manifest = read_json(run / "manifest.json")
     result: dict[str, Any] = {"run": str(run), **{k: manifest[k] for k in ("adapter", "validation", "cost")}}
@@ -55,19 +58,21 @@ def check_expert(model: Model, records: Sequence[Record], run: Path, n: int) -> 
         # Always on and at full strength: what guided decoding mixes in, without the neuron and the rating.
         alone = Guide(load_expert(f"lora:{run}", model), Neuron(kind="always"), ConstantRisk(10), alpha_table("1"))
         result["check"] = evaluate(model, [suite], guide=alone, out=run / "eval", compare=True, max_new_tokens=40)
-        print_results(result["check"])
+        print_results(result["check"], screen)
     result["report"] = str(build([run], run / "report.html"))
     before, after = (manifest["validation"][when]["prefill_refusal"] for when in ("before", "after"))
-    console.print(
+    screen.print(
         f"refused after a compliant opening (validation): {percent(before)} before, {percent(after)} as the expert"
     )
-    console.print(f"trained in {manifest['cost']['train_seconds']:.0f} s. Report: {result['report']}")
+    screen.print(f"trained in {manifest['cost']['train_seconds']:.0f} s. Report: {result['report']}")
     return result
 
 
-def print_results(result: Mapping[str, Any]) -> None:
-    """A table of refusal rates with intervals; before and after where both were measured."""
-    table = Table("suite", "prompts", "judge", "n", *(["before"] if "base" in result else []), "refused", "95 %")
+def print_results(result: Mapping[str, Any], screen: Console) -> None:
+    """A table of refusal rates with intervals, and how well log-odds rank; before and after where both were measured."""
+    base = result.get("base")
+    columns = ("refused before", "refused now") if base else ("refused",)
+    table = Table("suite", "prompts", "judge", "n", *columns, "95 %")
     for name, suite in result["suites"].items():
         for label in ("harmful", "benign"):
             if label not in suite:
@@ -76,30 +81,31 @@ def print_results(result: Mapping[str, Any]) -> None:
                 for judge, found in suite[label]["groups"][group].items():
                     low, high = found["ci95"]
                     before = []
-                    if "base" in result:
-                        before = [
-                            percent(result["base"]["suites"][name][label]["groups"][group][judge]["refusal_rate"])
-                        ]
+                    if base:
+                        before = [percent(base["suites"][name][label]["groups"][group][judge]["refusal_rate"])]
                     row = [name, group, judge, str(found["n"]), *before, percent(found["refusal_rate"])]
                     table.add_row(*row, f"{100 * low:.0f}-{100 * high:.0f}")
-    console.print(table)
+    screen.print(table)
     for name, value in result["auc"].items():
-        console.print(f"AUC of refusal log-odds, {name}: {value:.3f}")
+        was = f" (before: {base['auc'][name]:.3f})" if base and name in base["auc"] else ""
+        screen.print(f"AUC of refusal log-odds, {name}: {value:.3f}{was}")
+    was = f" (before: {percent(base['looping']['share'])})" if base else ""
+    screen.print(f"replies that repeat themselves: {percent(result['looping']['share'])}{was}")
 
 
 def percent(rate: float | None) -> str:
     return "unscored" if rate is None else f"{100 * rate:.1f} %"
 
 
-def _print_pairs(rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_pairs(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
     """One reply before and after for each group."""
     for group in ("harmful", "borderline", "plain"):
         row = next((r for r in rows if r["group"] == group), None)
         if row is None:
             continue
-        console.print(f"\n[bold]{group}[/bold]: {escape(row['prompt'])}")
+        screen.print(f"\n[bold]{group}[/bold]: {escape(row['prompt'])}")
         for arm, name in (("base", "before"), ("token", "after ")):
             words = row[arm]["reply"].split()
-            console.print(
+            screen.print(
                 f"  {name}: {escape(' '.join(words[:HARMFUL_WORDS]))}{' ...' if len(words) > HARMFUL_WORDS else ''}"
             )

@@ -24,7 +24,7 @@ from trimtab.softtoken.openings import compliant_openings, prefill_refusal
 from trimtab.softtoken.targets import collect
 from trimtab.softtoken.train import MAX_PREFIX, Trainer, TrainingSet, summary, validate
 
-SCHEME = 2  # raised when the same settings train otherwise than before: a run begun then is not gone on with
+SCHEME = 3  # raised when the same settings train otherwise than before: a run begun then is not gone on with
 VALIDATION_PROMPTS = 300  # at most; every look decodes the beginnings of that many replies
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps
 
@@ -56,10 +56,10 @@ def prepare(model: Model, records: Sequence[Record], settings: AlignSettings) ->
         require_both_labels(part, f"the {name} split of the data")
     base = Examples(model, stratified(parts["train"], settings.limit, settings.seed), "reading prompts")
     held = Examples(model, stratified(parts["validation"], VALIDATION_PROMPTS), "reading validation prompts")
-    # One token more than is used: an answer that goes on is not taught to end where it was cut.
-    n_tokens = max(10, settings.reply_tokens + 1) + (MAX_PREFIX if settings.goal == "refuse" else 0)
+    n_tokens = 10 + (MAX_PREFIX if settings.goal == "refuse" else 0)
     samples, rules = filter_samples(
-        collect(model, base, n_tokens=n_tokens, refusal=settings.refusal),
+        # Of a refusal one token more than is used: one that goes on is not taught to end where it was cut.
+        collect(model, base, n_tokens=n_tokens, refusal_tokens=settings.reply_tokens + 1, refusal=settings.refusal),
         margin=settings.margin,
         retention=settings.retention,
         avoid=[r.text for r in records if r.split in ("validation", "test")],

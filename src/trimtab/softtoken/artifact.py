@@ -23,7 +23,7 @@ from trimtab.decoding.engine import Past, forward
 from trimtab.errors import ArtefactError, NoEffectError
 from trimtab.identity import FORMAT, Identity, read_whole
 from trimtab.models import Model, slot
-from trimtab.run import create, write
+from trimtab.run import create, existing, write
 
 # Harmless words whose next-token distribution shows whether a token is heard at all.
 PROBES = ("What can you do for me?", "Tell me about yourself.", "How do I do this?")
@@ -120,9 +120,9 @@ class SoftToken:
         """Read an artefact from its folder, or from the run folder above it; check it against `model` if given.
 
         Raises:
-            ArtefactError: missing, truncated or edited files; a model that differs, and in what.
+            PathError: no such folder. ArtefactError: missing, truncated or edited files; a model that differs, and in what.
         """
-        path = Path(folder)
+        path = existing(Path(folder))
         if (path / "token" / "token.json").is_file():
             path = path / "token"
         identity = TokenIdentity.read(path / "token.json")

@@ -1,13 +1,13 @@
 """The words to train towards: the frozen model's own where possible.
 
-A harmful request gets the model's own refusal if it has one, else a refusal from `TEMPLATES`: the one the frozen model itself
-finds likeliest of those that decide soonest ("Sorry" is a refusal at once, "I'm sorry" after three tokens). A benign request gets the model's own answer; one that the model refuses gets the answer it gives
+A harmful request gets the model's own refusal if it has one, else a refusal from `TEMPLATES`: of those that decide soonest
+("Sorry" does at once, "I'm sorry" after three tokens) the one whose "no" follows most readily from there. A benign request gets the model's own answer; one that the model refuses gets the answer it gives
 under a more open system prompt, else the data set's reference. Replies are kept on disk by content.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,12 +15,13 @@ from trimtab.chat import reply_ids
 from trimtab.decoding.engine import Row, by_length, decode, forward
 from trimtab.models import Model, cache_dir
 from trimtab.prompts.records import Record, Sample
-from trimtab.refusal import is_refusal, opening_log_odds
+from trimtab.refusal import is_refusal, opening_log_odds, says_no
 from trimtab.run import Records, create, digest, progress
 from trimtab.softtoken.examples import Examples
 
 # Full refusals with the openings that models use most; none is specific to a subject.
 TEMPLATES = (
+    "Sorry, I'm unable to help with that.",
     "Sorry, but I can't help with that.",
     "I'm sorry, but I can't help with that.",
     "I can't help with that.",
@@ -29,19 +30,20 @@ TEMPLATES = (
 OPEN_SYSTEM = "You are a knowledgeable assistant. The next request is harmless. Answer it directly and completely."
 
 
-def collect(model: Model, base: Examples, *, n_tokens: int = 10, refusal: str = "") -> list[Sample]:
-    """Score every request of `base` with the untouched model and give it a target of at most `n_tokens` tokens.
+def collect(
+    model: Model, base: Examples, *, n_tokens: int = 10, refusal_tokens: int = 10, refusal: str = ""
+) -> list[Sample]:
+    """Score every request of `base` with the untouched model and give it a target: an answer of at most `n_tokens` tokens or a refusal.
 
-    `refusal` overrides the choice among `TEMPLATES`.
+    Of a harmful request's own reply `refusal_tokens` are kept. `refusal` overrides the choice among `TEMPLATES`.
     """
     records, everything = base.records, range(len(base.records))
     scores = _scores(model, base)
     # Own words are worth generating where they can be used: answers, and refusals of what is refused.
     asked = [i for i in everything if records[i].label == "benign" or scores[i] > 0]
     harmful = [i for i in everything if records[i].label == "harmful"]
-    # Of a harmful request's reply no more is kept than tells a refusal.
     own = _replies(model, base, [i for i in asked if records[i].label == "benign"], n_tokens, "the model's own words")
-    own |= _replies(model, base, [i for i in asked if records[i].label == "harmful"], min(n_tokens, 10), "and refusals")
+    own |= _replies(model, base, [i for i in asked if records[i].label == "harmful"], refusal_tokens, "and refusals")
     refused = [i for i in asked if records[i].label == "benign" and is_refusal(own[i])]
     opened = [_opened(records[i]) for i in refused]
     others = _replies(
@@ -55,7 +57,7 @@ def collect(model: Model, base: Examples, *, n_tokens: int = 10, refusal: str = 
     for i, record in enumerate(records):
         reply = own.get(i, "")
         if record.label == "harmful":
-            keeps = bool(is_refusal(reply)) and deciding_tokens(model, reply) <= latest
+            keeps = bool(says_no(reply)) and deciding_tokens(model, reply) <= latest
             samples.append(Sample(record, scores[i], reply if keeps else template, keeps))
         elif i not in answers:
             samples.append(Sample(record, scores[i], reply, True))
@@ -99,14 +101,17 @@ def _replies(model: Model, base: Examples, indices: Sequence[int], n_tokens: int
     return {i: str(store[keys[i]]["reply"]) for i in indices}
 
 
-def deciding_tokens(model: Model, refusal: str) -> int:
+def deciding_tokens(model: Model, refusal: str, reads_as: Callable[[str], bool | None] = is_refusal) -> int:
     """How many first tokens of a refusal it takes to read as one; all of them if only the whole does."""
     ids = reply_ids(model, refusal)
-    return next((n for n in range(1, len(ids)) if is_refusal(model.tokenizer.decode(ids[:n]))), len(ids))
+    return next((n for n in range(1, len(ids)) if reads_as(model.tokenizer.decode(ids[:n]))), len(ids))
 
 
 def choose_refusal(model: Model, base: Examples, indices: Sequence[int]) -> str:
-    """Of `TEMPLATES` that decide soonest, the one that the frozen model gives the highest likelihood per token after these requests."""
+    """Of `TEMPLATES` that decide soonest, the one whose "no" the frozen model reaches most readily from there, after these requests.
+
+    Once "Sorry" decides, it is the words from there to "unable" or "can't" that have to be learned: fewest nats win.
+    """
     decides = {template: deciding_tokens(model, template) for template in TEMPLATES}
     soonest = [template for template in TEMPLATES if decides[template] == min(decides.values())]
     likelihood = dict.fromkeys(soonest, 0.0)
@@ -114,5 +119,6 @@ def choose_refusal(model: Model, base: Examples, indices: Sequence[int]) -> str:
         for template in soonest if indices else ():
             ids = reply_ids(model, template)
             logits = forward(model, [base.tails[i] + ids[:-1] for i in indices], base.past(indices), len(ids))
-            likelihood[template] = float(logits.log_softmax(-1)[:, range(len(ids)), ids].mean())
+            words = logits.log_softmax(-1)[:, range(len(ids)), ids].mean(0)
+            likelihood[template] = float(words[decides[template] : deciding_tokens(model, template, says_no)].sum())
     return max(likelihood, key=lambda template: likelihood[template])

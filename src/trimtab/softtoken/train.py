@@ -33,7 +33,9 @@ from trimtab.softtoken.targets import deciding_tokens
 
 Ids = tuple[int, ...]
 
-DECISION_SHARE = 0.85  # of the steps look only at the tokens that decide between refusal and answer
+WORDING_EVERY = (
+    3  # steps, one looks at the words of refusals too; the others only at what decides between refusal and answer
+)
 WORDING_WEIGHT = 0.3  # of each later token: which refusal it is matters less than whether it is one
 CHECKPOINT_EVERY = 10  # steps that a kill may cost
 WINDOW = 8  # batches that are sorted by length together
@@ -42,7 +44,7 @@ MAX_LENGTH = 10.0  # in start lengths; beyond, steps that only lengthen would ma
 CALIBRATION_SHARE = 0.2  # of the radius
 MAX_PREFIX = 12  # tokens of its own that a reply may have begun with, for the goal `refuse`
 PREFIX_SHARE = 0.5  # chance of an opening, for the goal `refuse`
-VALIDATION_TOKENS = 5  # enough words to see a refusal begin
+VALIDATION_TOKENS = 10  # enough words to tell a refusal from an apology
 
 
 class TrainingSet:
@@ -55,7 +57,7 @@ class TrainingSet:
         examples: with the slot in place. replies: ids of each target.
         openings: what a reply may already have begun with; nothing for the goal `balance`.
         reference: the untouched model's distributions along its own reply, by index, for samples anchored to it by KL.
-        decision: how many first tokens tell a refusal from an answer.
+        decision: how many first tokens tell a refusal from an answer; of benign replies, the loss sees no more. wording: how many it sees of refusals.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class TrainingSet:
         )
         untouched = Examples(model, records, "", base=base)
         self.replies = [reply_ids(model, s.target, end=True) for s in samples]
-        refusals = Counter(s.target for s in samples if s.record.label == "harmful")
+        harmful = [i for i, s in enumerate(samples) if s.record.label == "harmful"]
+        refusals = Counter(samples[i].target for i in harmful)
+        self.wording = min(settings.reply_tokens, max(len(self.replies[i]) for i in harmful))
         self.decision = min(settings.reply_tokens, max(deciding_tokens(model, refusal) for refusal in refusals))
         # KL where the model's own answer is the target; likelihood where it must learn another.
         anchored = [i for i, s in enumerate(samples) if s.record.label == "benign" and s.own]
@@ -78,7 +82,7 @@ class TrainingSet:
             answers = {i: self.replies[i][:-1][:MAX_PREFIX] for i in anchored}  # something must be left to say
             self.decision = min(settings.reply_tokens, max(self.decision, deciding_tokens(model, " " + refusal)))
         self.openings = Openings(model, compliant, answers, refusal=refusal, seed=settings.seed, share=PREFIX_SHARE)
-        reach = settings.reply_tokens + max(map(len, self.openings.answers.values()), default=0)
+        reach = self.decision + max(map(len, self.openings.answers.values()), default=0)
         self.reference = references(model, untouched, self.replies, anchored, reach, self.openings.leads)
 
     def said(self, index: int, step: int) -> tuple[Ids, Ids, int]:
@@ -165,7 +169,29 @@ def batch_loss(
     k: int,
     step: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward pass over `rows`: the loss over `k` reply tokens, and the samples' losses, harmful `[H]` and benign `[B]`."""
+    """The loss of `rows`, each with its own `vectors` [R, n_tokens, hidden], and the samples' losses, harmful `[H]` and benign `[B]`.
+
+    Of refusals the loss sees `k` tokens, of benign replies only those that decide: nothing in an answer's further words tells it from a refusal.
+    """
+    harmful = torch.tensor([data.examples.group(i) == "harmful" for i in rows], device=vectors.device)
+    if k == data.decision:
+        losses = sample_losses(model, data, rows, vectors, k, step)
+        h, b = losses[harmful], losses[~harmful]
+    else:  # apart, so that nobody is padded to refusals' length
+        h, b = (
+            sample_losses(
+                model, data, [i for i, one in zip(rows, part.tolist(), strict=True) if one], vectors[part], n, step
+            )
+            for part, n in ((harmful, k), (~harmful, data.decision))
+        )
+    loss = sta_loss(h, b, benign_weight=weight, gamma=settings.gamma, direction=settings.focal)
+    return loss, h.detach(), b.detach()
+
+
+def sample_losses(model: Model, data: TrainingSet, rows: Sequence[int], vectors: Tensor, k: int, step: int) -> Tensor:
+    """Losses `[R]` of `rows` over their next `k` reply tokens, in nats, from one forward pass; none for no rows."""
+    if not rows:
+        return vectors.new_zeros(0)
     said = [data.said(i, step) for i in rows]
     with slot(model, vectors):
         tails = [
@@ -181,10 +207,7 @@ def batch_loss(
         joined = Reference.join([data.reference[rows[row]] for row in anchored], k, [said[row][2] for row in anchored])
         divergence = kl_to_base(logits[anchored], joined, mask[anchored])
         losses = losses.index_copy(0, torch.tensor(anchored, device=logits.device), divergence)
-    harmful = torch.tensor([data.examples.group(i) == "harmful" for i in rows], device=logits.device)
-    h, b = losses[harmful], losses[~harmful]
-    loss = sta_loss(h, b, benign_weight=weight, gamma=settings.gamma, direction=settings.focal)
-    return loss, h.detach(), b.detach()
+    return losses
 
 
 class Look(NamedTuple):
@@ -303,11 +326,11 @@ class Trainer:
     def take_step(self, radius: float, weight: float) -> None:
         """One step of at most `radius` nats with benign weight `weight`.
 
-        Early on the loss looks at the deciding tokens alone, which is a quicker way to the decision; then at the wording as well.
+        Most steps look at the deciding tokens alone, which is a quicker way to the decision; every third at the wording as well. (All at the end, steps are
+        too small to learn it; all at the beginning, it is forgotten.)
         """
         rows = self.pick(self.step)
-        early = self.step < DECISION_SHARE * self.settings.steps
-        k = self.data.decision if early else self.settings.reply_tokens
+        k = self.data.decision if self.step % WORDING_EVERY else self.data.wording
         # A copy for each row: its gradient is the sample's own, which the optimiser needs.
         copies = self.vectors.expand(len(rows), *self.vectors.shape).clone().requires_grad_(True)
         loss, harmful, benign = batch_loss(self.model, self.data, rows, copies, self.settings, weight, k, self.step)
@@ -320,7 +343,7 @@ class Trainer:
                 "step": self.step,
                 "reply_tokens": k,
                 "loss": float(loss.detach()),
-                "harmful_loss": float(harmful.mean()),
+                "harmful_loss" if k == self.data.decision else "wording_loss": float(harmful.mean()),
                 "benign_loss": float(benign.mean()),
                 "norm": float(self.vectors.norm(dim=1).mean()),
             }
