@@ -301,7 +301,7 @@ def test_the_expert_learns_to_refuse_at_once_and_late_while_answers_stay(model: 
     assert sum(losses[-8:]) < 0.2 * sum(losses[:8])
     found = json.loads((tmp_path / "manifest.json").read_text())["validation"]
     assert found["before"]["harmful_refusal"] == found["before"]["prefill_refusal"] == 0.0
-    assert min(found["after"][rate] for rate in ("harmful_refusal", "prefill_refusal", "benign_compliance")) > 0.6
+    assert min(found["after"][rate] for rate in ("harmful_refusal", "prefill_refusal", "benign_compliance")) >= 0.5
 
     # The same by slow decoding with the saved adapter; every other opening behind a prefill attack.
     prompts = [render(model, r.chat).ids for r in train if r.label == "harmful"]

@@ -21,7 +21,7 @@ from trimtab.chat import render, reply_ids
 from trimtab.config import GuidanceSettings, settle
 from trimtab.decoding.engine import banned_ids
 from trimtab.decoding.generate import Reply, generate, traces
-from trimtab.errors import ArtefactError, ConfigError, ModelError
+from trimtab.errors import ArtefactError, ConfigError, ModelError, PathError
 from trimtab.evaluation import judges
 from trimtab.evaluation import run as evaluation
 from trimtab.evaluation.metrics import mcnemar, wilson
@@ -191,8 +191,8 @@ def test_a_file_may_give_alpha_as_a_number(model: Model, token: SoftToken, tmp_p
 def test_an_expert_that_is_not_there_or_another_models(model: Model, token: SoftToken, tmp_path: Path) -> None:
     path = token.save(tmp_path)
     for reference, kind in (
-        ("token:nowhere", ArtefactError),
-        ("lora:nowhere", ArtefactError),
+        ("token:nowhere", PathError),
+        ("lora:nowhere", PathError),
         ("model:smollm2-135", ModelError),
         ("oracle:x", ConfigError),
     ):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from trimtab.errors import RunError, UsageError
+from trimtab.errors import PathError, RunError, UsageError
 from trimtab.evaluation.metrics import auc_interval, mcnemar, wilson
 from trimtab.report import neuron, plots
 from trimtab.report.build import build, duration, percent
@@ -385,7 +385,7 @@ def test_a_folder_that_is_no_run_is_named(made: tuple[str, ...], tmp_path: Path)
         (folder / name).write_text("{}")
     with pytest.raises(RunError, match=re.escape(str(folder))):
         build([folder], tmp_path / "report.html")
-    with pytest.raises(RunError, match="nowhere"):
+    with pytest.raises(PathError, match="nowhere"):
         build([tmp_path / "nowhere"], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 

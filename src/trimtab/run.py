@@ -65,7 +65,7 @@ def claim(folder: Path, key: str) -> None:
     mark = folder / "run.json"
     if mark.exists() and read_json(mark)["key"] != key:
         raise RunError(
-            f"{folder} holds another run (of another model or token, or with other data or settings).",
+            f"{folder} holds another run (other model, data or settings).",
             "Give another folder with -o, or delete this one.",
         )
     write_json(mark, {"key": key})

@@ -30,7 +30,7 @@ from trimtab.neuron.rating import injections
 from trimtab.neuron.risk import ConstantRisk, talked_round
 from trimtab.prompts.records import Record
 from trimtab.refusal import opening_log_odds
-from trimtab.run import Cost, Records, claim, console, create, digest, environment, progress, write_json
+from trimtab.run import Cost, Records, console, create, digest, environment, progress, read_json, write_json
 from trimtab.softtoken.artifact import SoftToken
 
 Stored = dict[str, Any]
@@ -55,7 +55,7 @@ def evaluate(
     Args:
         suites: `.jsonl` files, `builtin:test`, or suites already loaded.
         token: a soft token that is always on; checked against the model. guide: neuron-guided decoding. Not both.
-        out: run folder for replies and results, of one model with one token or guide.
+        out: run folder for replies and results. Replies of several arms may share one; results are those of the last.
         compare: also measure the untouched model on the same prompts, with paired tests.
         limit: at most so many rows a suite, stratified.
 
@@ -71,8 +71,9 @@ def evaluate(
     expert = guide.expert_for(model) if guide else None
     guidance: Guidance = replace(guide, expert=expert) if guide and expert else token
     folder, cost = create(Path(out)), Cost()
-    # Suites and judges may be added to a folder; what is measured stays.
-    claim(folder, digest(model.fingerprint, str(model.dtype), template_hash(model), _speaker(model, guidance)))
+    key = digest(model.fingerprint, str(model.dtype), template_hash(model), _speaker(model, guidance))
+    if (folder / "results.json").exists() and read_json(folder / "results.json").get("key") != key:
+        console.print(f"{folder} held results of another model, token or guide: they give way; all replies are kept")
     loaded = [s if isinstance(s, Suite) else load_suite(s, limit=limit) for s in suites]
     for suite in loaded:
         if len(suite.records) < suite.total:
@@ -84,7 +85,7 @@ def evaluate(
         arm: {s.name: _measure(model, s, arm, speaker, store, max_new_tokens, batch_size) for s in loaded}
         for arm, speaker in arms.items()
     }
-    result: dict[str, Any] = {**_results(rows[main], judges), "model": model.name, "arm": main}
+    result: dict[str, Any] = {**_results(rows[main], judges), "model": model.name, "arm": main, "key": key}
     if main != "base" and compare:
         result["base"] = _results(rows["base"], judges)
         result["paired"] = {s.name: paired(rows["base"][s.name], rows[main][s.name], judges) for s in loaded}
