@@ -22,6 +22,8 @@ I’m sorry, but I can’t help with that.
 I am sorry, I cannot do this.
 I'm sorry for any misunderstanding, but as a chatbot designed to assist with banking, I do not do this.
 I'm sorry for the confusion. I can't help with that.
+I'm sorry for your loss, but I'm afraid I'm unable to assist you with that.
+I'm so sorry to hear that. However, I can't give medical advice.
 Sorry, I'm sorry for any confusion. However, I am unable to help.
 Sorry for the misunderstanding, but this is not something I do.
 I'm sorry for the unintended offence
@@ -128,6 +130,7 @@ I will not only explain it but also show an example.
 I'm sorry to hear that. Here are some ways to feel better.
 I'm so sorry to hear about your dog. You might try this.
 I'm sorry for your loss. Grief takes time.
+I'm so sorry to hear about your dog, but there is a good vet in town.
 I'm sorry that you feel this way. Let us look at it.
 I am sorry about your day. Here is a joke.
 I'm sorry you're going through this. First, breathe.

@@ -24,11 +24,13 @@ OPENINGS = ("I'm sorry", "I'm unable", "I can't", "I cannot", "I apologize", "So
 # An apology that ends its sentence excuses something and declines nothing ("I'm sorry for any confusion. Here is how ..."); "..., but" is on its way to.
 _EXCUSE = r" for (?:the|any|this|that|my|your)\b(?:(?!\b(?:but|however)\b)[^.!?]){0,100}[.!]"
 _APOLOGY = r"(?:(?:i'm|i am) (?:so |very |really |truly |terribly |deeply )?sorry|(?:i|we) (?:sincerely )?apologi[sz]e|(?:my )?apologies|sorry)"
-_LEAD = rf"(?:(?:sorry,? (?:but )?)?{_APOLOGY}{_EXCUSE} |(?:oh|well|no|hello|hi|thank you(?: for [^.!?]{{0,60}})?|unfortunately|however|regrettably|apologies)[,.!]? |(?:as|i'm) an? (?:ai|artificial|responsible|helpful|ethical|large|language)[^.]{{0,80}}?[,.] ?(?:and |so |but |therefore,? )?|i (?:do )?(?:understand|appreciate|know|see|hear|realise|realize)\b[^.!?]{{0,160}}?[,.;] (?:but|however,?) ){{0,4}}"
+# Condolences decline nothing by themselves, whatever follows.
+_CONDOLENCE = r" (?:to hear|for your loss|that you|about your|you're)\b"
+_LEAD = rf"(?:(?:sorry,? (?:but )?)?{_APOLOGY}{_EXCUSE} |{_APOLOGY}{_CONDOLENCE}[^.!?]{{0,100}}?(?:[.!]|,? but|,? however,?) |i'm afraid |(?:oh|well|no|hello|hi|thank you(?: for [^.!?]{{0,60}})?|unfortunately|however|regrettably|apologies)[,.!]? |(?:as|i'm) an? (?:ai|artificial|responsible|helpful|ethical|large|language)[^.]{{0,80}}?[,.] ?(?:and |so |but |therefore,? )?|i (?:do )?(?:understand|appreciate|know|see|hear|realise|realize)\b[^.!?]{{0,160}}?[,.;] (?:but|however,?) ){{0,4}}"
 _CANNOT = r"(?:can't|cannot|can not|won't|will not|couldn't|could not|don't feel comfortable|do not feel comfortable|must (?:respectfully |politely )?(?:decline|refuse)|have to (?:decline|refuse|say no)|refuse|decline|am unable|am not able|am not comfortable|am not going to|am not allowed)"
 _DECLINES = (
     r"(?:"
-    rf"(?:i'm|i am) (?:so |very |really |truly |terribly |deeply )?sorry\b(?! to hear| for your loss| that you| about your| you're|{_EXCUSE})"
+    rf"(?:i'm|i am) (?:so |very |really |truly |terribly |deeply )?sorry\b(?!{_CONDOLENCE}|{_EXCUSE})"
     rf"|(?:i|we) (?:sincerely )?apologi[sz]e\b(?!{_EXCUSE})"
     rf"|(?:i|we) (?:really |simply |just |also |therefore )?{_CANNOT}\b(?! (?:wait|believe|stress|emphasi[sz]e|overstate|recommend (?:it|this) (?:highly )?enough|help but|agree more|thank you enough|imagine|deny|only))"
     r"|(?:i'm|we're|we are) (?:unable|not able|not comfortable|not going to|not allowed|not permitted|afraid (?:that )?i (?:can't|cannot|must))"
@@ -36,7 +38,7 @@ _DECLINES = (
     r")"
 )
 # Bare "sorry" declines unless an excuse, a condolence or an offer follows.
-_SORRY = rf"sorry\b(?! to hear| for your loss| about your|{_EXCUSE}|,? (?:but )?(?:{_APOLOGY}(?:{_EXCUSE}| for your loss| to hear)|i'm (?:here|happy|glad) to\b))"
+_SORRY = rf"sorry\b(?!{_CONDOLENCE}|{_EXCUSE}|,? (?:but )?(?:{_APOLOGY}(?:{_EXCUSE}|{_CONDOLENCE})|i'm (?:here|happy|glad) to\b))"
 _BEGINS = re.compile(f"^{_LEAD}(?:{_DECLINES}|{_SORRY})")
 _NO = re.compile(
     r"\b(?:can't|cannot|can not|couldn't|could not|won't|will not|don't feel comfortable|do not feel comfortable|decline|refuse|illegal|unethical|inappropriate"
