@@ -69,7 +69,7 @@ def measure(name: str, steps: int, batch: int) -> dict[str, float]:
     torch.set_num_threads(2)
     model = tt.load(MODEL, dtype="float32")
     position = "start" if name == "trimtab-start" else AlignSettings().position
-    # Three reply tokens, "I'm sorry": trimtab's early steps look only at the tokens that decide, so both see the same ones.
+    # Three reply tokens, "I'm sorry", decide: no step of trimtab's looks further or less far, so both see the same ones.
     settings = AlignSettings(
         steps=steps, batch=batch, position=position, reply_tokens=3, eval_every=10**6, calibration_steps=0
     )

@@ -27,7 +27,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "2 tokens": {"tokens": 2},
     "gamma 2": {"gamma": 2.0},
     "k = 1": {"reply_tokens": 1},
-    "k = 8": {"reply_tokens": 8},
+    "k = 5": {"reply_tokens": 5},
     "at reply": {"position": "reply"},
     "all prompts": {"limit": None, "steps": 160},
     "all prompts, 5 tokens": {"limit": None, "steps": 160, "tokens": 5},
