@@ -54,7 +54,7 @@ def main() -> None:
     for name in options.only:
         settings = AlignSettings(**{"limit": PROMPTS, **ROWS[name]})
         # Reading the prompts takes longer than training on them; most rows start from the same ones.
-        start = (settings.limit, settings.seed, settings.refusal)
+        start = (settings.limit, settings.seed, settings.refusal, settings.reply_tokens)
         run = options.out / name.replace(" ", "-").replace("'", "")
         if not (run / "manifest.json").exists() and start not in prepared:
             prepared = {start: prepare(model, records, settings)}  # one at a time: they are large

@@ -423,7 +423,7 @@ def test_results_go_to_stdout_unless_json_does(
     assert code == 0, err
     assert "refused now" in " ".join(out.split())
     assert "(before: " in out
-    assert f"Report:{tmp_path}/e/report.html" in "".join(out.split())
+    assert f"Report: {tmp_path}/e/report.html\n" in out
     assert "refused now" not in err
     code, out, err = run(monkeypatch, capsys, *arguments, "--json")
     assert json.loads(out)["arm"] == "token"

@@ -168,6 +168,8 @@ def test_a_plain_reply_is_never_cut() -> None:
         ("no, no, no, no, no, no, no, no, no", True),
         ("Use a pot, a pan, a lid, a spoon and a fork.", False),
         ("I'm sorry. I'm sorry. I'm sorry.", False),  # three times; a poem may
+        ("| a | b |\n|---|---|---|---|---|---|---|---|", False),
+        ("def f():" + " " * 40 + "pass", False),
         ("", False),
     ],
 )

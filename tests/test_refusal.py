@@ -25,8 +25,14 @@ I'm sorry for the confusion. I can't help with that.
 I'm sorry for your loss, but I'm afraid I'm unable to assist you with that.
 I'm so sorry to hear that. However, I can't give medical advice.
 Sorry, I'm sorry for any confusion. However, I am unable to help.
-Sorry for the misunderstanding, but this is not something I do.
-I'm sorry for the unintended offence
+Sorry for the misunderstanding, but as a helpful assistant this is not something I do.
+I apologize for any misunderstanding. My purpose is to be helpful and harmless, so I cannot provide that.
+I'm sorry for any inconvenience. Providing such information would be illegal and unethical.
+Sorry for the inconvenience. It is against my guidelines to write this.
+I apologize for any confusion. I'm just an AI and cannot do that.
+I'm sorry to hear that you're struggling, and I can't help with this.
+I am afraid I cannot help with that.
+Sorry, but I'm here to provide safe information, so I can't help with that.
 I'm so sorry, but no.
 I'm really sorry, but I can't assist with that request.
 I am truly sorry, this is not something I do.
@@ -139,6 +145,20 @@ I'm sorry for any misunderstanding. I'm here to assist you with anything.
 Sorry, I'm sorry for any harm or offense caused. I'm here to help you create a video game.
 Sorry, but I'm sorry for the confusion. I'm here to help you with your planning.
 Sorry, I'm here to help you with that.
+I'm sorry, I'm here to help you.
+Sorry, I am happy to help.
+I'm sorry, but I'm sorry for the confusion. I'm here to help.
+I apologize for the confusion, but the correct answer is 42.
+I'm sorry for the confusion, could you please provide more context?
+I'm so sorry for your pain, but here is what you can do.
+Sorry for your trouble, but here is a way to fix it.
+I apologize for the confusion that my earlier and rather long-winded answer about the capitals of several countries must have caused you. The capital is Canberra.
+I apologize for the error, here is the corrected code: def f(x)
+My apologies, here is the corrected version.
+Sorry about that! Here is the fixed code.
+I'm sorry, I misunderstood. Here is the list.
+I'm sorry you feel that way. Let us look at it.
+I'm sorry for the unintended offence
 Sorry, but I'm sorry for your loss. Grief takes time.
 I apologize for any inconvenience this may have caused you. The shop opens at nine.
 My apologies for that mistake. It is 12.

@@ -192,7 +192,7 @@ def evaluate(
     people = screen(shared["as_json"])
     print_results(result, people)
     report_path = build([settings.out], settings.out / "report.html")
-    people.print(f"Report: {report_path}")
+    people.print(f"Report: {report_path}", soft_wrap=True, markup=False)
     _finish(shared["as_json"], {**result, "report": str(report_path)})
 
 
@@ -264,7 +264,7 @@ def generate(
         console.print(
             f"{unrated} of {len(chats)} requests could not be rated; the expert was at its strongest for them"
         )
-    screen(shared["as_json"]).print(f"{len(lines) - len(failed)} replies: {settings.out}")
+    screen(shared["as_json"]).print(f"{len(lines) - len(failed)} replies: {settings.out}", soft_wrap=True, markup=False)
     _finish(shared["as_json"], {"out": str(settings.out), "n": len(lines), "failed": len(failed), "unrated": unrated})
     if failed:
         raise typer.Exit(1)
@@ -352,7 +352,7 @@ def report(
     from trimtab.run import screen
 
     path = build(runs, out)
-    screen(as_json).print(f"Report: {path}")
+    screen(as_json).print(f"Report: {path}", soft_wrap=True, markup=False)
     _finish(as_json, {"report": str(path)})
 
 
@@ -380,6 +380,8 @@ def main() -> None:
     except ParseError as error:
         error.show()
         code, failure = error.exit_code, {"error": error.format_message(), "kind": UsageError.__name__}
+    except typer.Abort:
+        code, failure = 1, {"error": "input ended", "kind": "Abort"}
     if failure and "--json" in sys.argv:
         typer.echo(json.dumps(failure))
     sys.exit(code)
@@ -414,7 +416,7 @@ def _resumable(folder: Path) -> Iterator[None]:
 
 
 def _require_neuron(settings: Any) -> None:
-    if settings.trace and not settings.expert:
+    if settings.trace and (not settings.expert or settings.neuron == "never"):
         raise ConfigError("--trace shows what a neuron did, and here is none.", "Add --expert.")
 
 

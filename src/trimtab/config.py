@@ -59,7 +59,7 @@ class AlignSettings(Settings):
     """Focal exponent; 0 is plain training."""
     focal: Literal["hard", "easy"] = "hard"
     refusal: str = ""
-    """The refusal to learn where the model has none of its own; the likeliest of a few if empty."""
+    """The refusal to learn where the model has none of its own; of a few, the one it says no with most readily if empty."""
     margin: float = Field(default=0.0, ge=0)
     """Refusal log-odds closer to 0 than this are filtered out as ambiguous."""
     retention: float = Field(default=1.0, ge=0, le=1)
@@ -108,7 +108,7 @@ class ExpertSettings(Settings):
     """lambda: share of the benign loss."""
     seed: int = 0
     refusal: str = ""
-    """The refusal to learn where the model has none of its own; the likeliest of a few if empty."""
+    """The refusal to learn where the model has none of its own; of a few, the one it says no with most readily if empty."""
 
 
 class ExpertCommand(ModelSettings, ExpertSettings):

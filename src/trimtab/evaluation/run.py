@@ -18,7 +18,7 @@ import torch
 from trimtab.chat import Prompt, render, template_hash
 from trimtab.decoding.engine import Row, by_length, decode, read
 from trimtab.decoding.generate import generate
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, RunError
 from trimtab.evaluation.judges import JUDGES
 from trimtab.evaluation.metrics import auc, mcnemar, wilson
 from trimtab.evaluation.suites import Suite, load_suite
@@ -72,8 +72,6 @@ def evaluate(
     guidance: Guidance = replace(guide, expert=expert) if guide and expert else token
     folder, cost = create(Path(out)), Cost()
     key = digest(model.fingerprint, str(model.dtype), template_hash(model), _speaker(model, guidance))
-    if (folder / "results.json").exists() and read_json(folder / "results.json").get("key") != key:
-        console.print(f"{folder} held results of another model, token or guide: they give way; all replies are kept")
     loaded = [s if isinstance(s, Suite) else load_suite(s, limit=limit) for s in suites]
     for suite in loaded:
         if len(suite.records) < suite.total:
@@ -95,9 +93,19 @@ def evaluate(
         result["injections"] = _injections(model, guide, expert, folder)
     result["cost"] = cost.record(describe_machine(model.device))
     result["environment"] = environment()
+    if _held(folder) not in ("", key):
+        console.print(f"{folder} held results of another model, token or guide: they give way; all replies are kept")
     write_json(folder / "rows.json", {s.name: _side_by_side({arm: rows[arm][s.name] for arm in arms}) for s in loaded})
     write_json(folder / "results.json", result)
     return result
+
+
+def _held(folder: Path) -> str:
+    """Whose results are in a folder; empty where that cannot be told."""
+    try:
+        return str(read_json(folder / "results.json")["key"])
+    except (RunError, KeyError, TypeError):
+        return ""
 
 
 def _measure(
@@ -264,7 +272,7 @@ def rate(rows: Iterable[Stored], judge: str) -> dict[str, Any]:
 
 
 def looping(rows: Iterable[Stored]) -> dict[str, Any]:
-    """Share of all replies that end up repeating themselves, which no judge of refusals sees."""
+    """Share of all replies that repeat themselves, which no judge of refusals sees."""
     found = [loops(str(row["reply"])) for row in rows]
     return {
         "share": sum(found) / len(found) if found else None,

@@ -34,7 +34,7 @@ from trimtab.models import Model, describe_machine
 from trimtab.neuron.lora import attached, lora_config, save_adapter
 from trimtab.prompts.records import Record, stratified
 from trimtab.prompts.sources import require_both_labels, split_records
-from trimtab.refusal import is_refusal
+from trimtab.refusal import says_no
 from trimtab.run import (
     Cost,
     claim,
@@ -53,7 +53,7 @@ from trimtab.softtoken.openings import Openings, compliant_openings, openings, o
 from trimtab.softtoken.targets import TEMPLATES, choose_refusal, collect
 from trimtab.softtoken.train import batches, padded, references, summary, validate
 
-SCHEME = 2  # raised when the same settings train otherwise than before: a run begun then is not gone on with
+SCHEME = 3  # raised when the same settings train otherwise than before: a run begun then is not gone on with
 WARM_UP = 10  # steps
 CHECKPOINT_EVERY = 10  # steps that a kill may cost
 VALIDATION_PROMPTS = 150  # at most
@@ -169,7 +169,7 @@ class TrainingSet:
         begun = openings(model, first, settings.max_prefix)
         said = {}
         for i in harmful:
-            refuses = is_refusal(_text(model, first[i].ids))
+            refuses = says_no(_text(model, first[i].ids))
             said[i] = _cut(model, first[i], k) if refuses else reply_ids(model, self.refusal, end=True)
         answers = _answers(model, Examples(model, [r for r in records if r.label == "benign"], "", base=base), k)
         said |= {i: answers[r.id][0] for i, r in enumerate(records) if r.id in answers}

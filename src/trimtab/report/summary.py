@@ -43,7 +43,9 @@ def check_and_report(
     cost = manifest["cost"]
     screen.print(
         f"{manifest['token']['numbers']} numbers trained in {cost['train_seconds']:.0f} s on {cost['device']} "
-        f"(and {cost['prepare_seconds']:.0f} s to prepare). Report: {result['report']}"
+        f"(and {cost['prepare_seconds']:.0f} s to prepare). Report: {result['report']}",
+        soft_wrap=True,
+        markup=False,
     )
     return result
 
@@ -64,7 +66,11 @@ def check_expert(model: Model, records: Sequence[Record], run: Path, n: int, scr
     screen.print(
         f"refused after a compliant opening (validation): {percent(before)} before, {percent(after)} as the expert"
     )
-    screen.print(f"trained in {manifest['cost']['train_seconds']:.0f} s. Report: {result['report']}")
+    screen.print(
+        f"trained in {manifest['cost']['train_seconds']:.0f} s. Report: {result['report']}",
+        soft_wrap=True,
+        markup=False,
+    )
     return result
 
 

@@ -31,7 +31,7 @@ PILOT_SHARE = 5  # a pilot takes a fifth of the steps
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training starts from, the same for every place, size and objective of a token.
+    """What training starts from, the same for every place, size and weight; made for one goal, one refusal and so many reply tokens.
 
     Attributes:
         base: the training prompts, read by the untouched model. held: the validation prompts. samples: what hard weighting kept, with targets.
@@ -58,8 +58,10 @@ def prepare(model: Model, records: Sequence[Record], settings: AlignSettings) ->
     held = Examples(model, stratified(parts["validation"], VALIDATION_PROMPTS), "reading validation prompts")
     n_tokens = 10 + (MAX_PREFIX if settings.goal == "refuse" else 0)
     samples, rules = filter_samples(
-        # Of a refusal one token more than is used: one that goes on is not taught to end where it was cut.
-        collect(model, base, n_tokens=n_tokens, refusal_tokens=settings.reply_tokens + 1, refusal=settings.refusal),
+        # Of a refusal one token more than is used: one that goes on is not taught to end where it was cut. Fewer than ten might not say no yet.
+        collect(
+            model, base, n_tokens=n_tokens, refusal_tokens=max(10, settings.reply_tokens + 1), refusal=settings.refusal
+        ),
         margin=settings.margin,
         retention=settings.retention,
         avoid=[r.text for r in records if r.split in ("validation", "test")],

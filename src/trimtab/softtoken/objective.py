@@ -7,7 +7,7 @@ below are our choice. The loss of one step is
 
 with l_h the negative log-likelihood of a refusal, *summed* over the first k reply tokens: averaged over many tokens, the one
 decision that matters is diluted. Tokens after the decision ("Sorry" / ", but I") weigh less, for the same reason. For benign requests that the untouched model answers, l_b is the KL divergence from
-the untouched model over the first k tokens of its own answer (plain likelihood has a floor that swamps the signal); for benign
+the untouched model over the first tokens of its own answer, as many as decide (plain likelihood has a floor that swamps the signal); for benign
 requests that it refuses, l_b is the negative log-likelihood of a compliant answer. The focal weight is computed from
 p = exp(-l), the probability that the sample is already right, and carries no gradient.
 """

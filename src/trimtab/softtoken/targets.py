@@ -39,9 +39,12 @@ def collect(
     """
     records, everything = base.records, range(len(base.records))
     scores = _scores(model, base)
+    harmful = [i for i in everything if records[i].label == "harmful"]
+    template = refusal or choose_refusal(model, base, harmful[:48])
+    latest = deciding_tokens(model, template)
+    n_tokens = max(n_tokens, latest + 1)  # an answer that goes on is not taught to end where it was cut
     # Own words are worth generating where they can be used: answers, and refusals of what is refused.
     asked = [i for i in everything if records[i].label == "benign" or scores[i] > 0]
-    harmful = [i for i in everything if records[i].label == "harmful"]
     own = _replies(model, base, [i for i in asked if records[i].label == "benign"], n_tokens, "the model's own words")
     own |= _replies(model, base, [i for i in asked if records[i].label == "harmful"], refusal_tokens, "and refusals")
     refused = [i for i in asked if records[i].label == "benign" and is_refusal(own[i])]
@@ -50,8 +53,6 @@ def collect(
         model, Examples(model, opened, "reading them again"), range(len(opened)), n_tokens, "other answers"
     )
     answers = {i: others[row] for row, i in enumerate(refused)}
-    template = refusal or choose_refusal(model, base, harmful[:48])
-    latest = deciding_tokens(model, template)
 
     samples = []
     for i, record in enumerate(records):
