@@ -413,6 +413,16 @@ def test_json_says_errors_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "--stepz" in json.loads(out)["error"]
 
 
+def test_input_that_ends_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def ended(**_: Any) -> None:
+        raise EOFError
+
+    monkeypatch.setattr("trimtab.doctor.examine", ended)
+    code, out, err = run(monkeypatch, capsys, "doctor", "--json")
+    assert (code, json.loads(out)["kind"]) == (1, "Abort")
+    assert "Traceback" not in err
+
+
 def test_results_go_to_stdout_unless_json_does(
     folder: Path, token_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -505,8 +515,9 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(
         take_step(self, radius, weight)
 
     monkeypatch.setattr(Trainer, "take_step", interrupted)
-    code, _, err = run(monkeypatch, capsys, "align", folder, "-o", tmp_path / "r", "--data", data, *FAST)
+    code, out, err = run(monkeypatch, capsys, "align", folder, "-o", tmp_path / "r", "--data", data, *FAST, "--json")
     assert code == 130
+    assert json.loads(out)["kind"] == "KeyboardInterrupt"
     assert "run the same command again to go on" in " ".join(err.split())
     assert (tmp_path / "r" / "checkpoint.safetensors").exists()
 

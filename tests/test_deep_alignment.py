@@ -293,7 +293,9 @@ def test_the_expert_learns_to_refuse_at_once_and_late_while_answers_stay(model: 
     # A random model has nothing to generalise with: it is asked the very requests it was trained on.
     train = records(3, ("train",))
     again = [r.model_copy(update={"id": f"{r.id}-again", "split": "validation"}) for r in train]
-    settings = SHORT.model_copy(update={"steps": 350, "rank": 8, "lora_alpha": 16, "refusal": "Sorry"})
+    settings = SHORT.model_copy(
+        update={"steps": 350, "benign_weight": 0.7, "rank": 8, "lora_alpha": 16, "refusal": "Sorry"}
+    )
     train_expert(model, train + again, out=tmp_path, settings=settings)
     history = json.loads((tmp_path / "history.json").read_text())
     assert [row["step"] for row in history] == list(range(1, 351))
@@ -301,7 +303,7 @@ def test_the_expert_learns_to_refuse_at_once_and_late_while_answers_stay(model: 
     assert sum(losses[-8:]) < 0.2 * sum(losses[:8])
     found = json.loads((tmp_path / "manifest.json").read_text())["validation"]
     assert found["before"]["harmful_refusal"] == found["before"]["prefill_refusal"] == 0.0
-    assert min(found["after"][rate] for rate in ("harmful_refusal", "prefill_refusal", "benign_compliance")) >= 0.5
+    assert min(found["after"][rate] for rate in ("harmful_refusal", "prefill_refusal", "benign_compliance")) > 0.6
 
     # The same by slow decoding with the saved adapter; every other opening behind a prefill attack.
     prompts = [render(model, r.chat).ids for r in train if r.label == "harmful"]
