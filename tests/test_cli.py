@@ -452,7 +452,8 @@ VERBS = {
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_names_every_default(verb: str) -> None:
     """The help is written by hand, so that it needs no settings to be imported."""
-    for parameter in typer.main.get_command(cli.app).commands[verb].params:  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(cli.app)
+    for parameter in group.commands[verb].params:
         field = VERBS[verb].model_fields.get(parameter.name)
         if field is None or field.is_required() or isinstance(field.default, bool | Path):
             continue

@@ -7,21 +7,20 @@ quick.
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from trimtab.errors import ConfigError, TrimtabError, UsageError
+from trimtab.options import COMMON, GUIDANCE, Check, Data, Json, ModelName, Out, Seed, with_options
 
 # What typer raises for arguments that it cannot read; the class has no public name.
 ParseError: Any = typer.BadParameter.__base__
-Verb = TypeVar("Verb", bound=Callable[..., None])
 
 app = typer.Typer(
     help="Refine the safety behaviour of a language model with one token, and prove what changed.",
@@ -30,73 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2-135m, a hub id, a folder or a .gguf file")]
-Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="run folder")]
-Json = Annotated[bool, typer.Option("--json", help="end stdout with one JSON object")]
-Seed = Annotated[int | None, typer.Option(help="of everything that is drawn [0]")]
-# Options that several verbs share; None is "not given".
-COMMON: dict[str, Any] = {
-    "dtype": Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; chosen for the device if not given")
-    ],
-    "device": Annotated[str | None, typer.Option(help="cpu, cuda, mps; the first accelerator there is if not given")],
-    "revision": Annotated[str | None, typer.Option(help="commit or tag of a hub model")],
-    "config": Annotated[Path | None, typer.Option(help="TOML file with the same settings as these options")],
-    "as_json": Json,
-}
-GUIDANCE: dict[str, Any] = {
-    "token": Annotated[
-        Path | None, typer.Option(metavar="RUN", help="a soft token, always on: folder of an align run")
-    ],
-    "expert": Annotated[
-        str | None, typer.Option(metavar="REF", help="token:RUN, lora:DIR or model:ID, heard when the neuron fires")
-    ],
-    "neuron": Annotated[
-        str | None,
-        typer.Option(
-            help="lif (as in the published code), paper (hard reset), primed (may fire at the first token); for ablation ema, always, never, random:P [lif]"
-        ),
-    ],
-    "threshold": Annotated[float | None, typer.Option(help="membrane potential at which the neuron fires [1]")],
-    "divergence": Annotated[str | None, typer.Option(help="of base and expert: tv, js, kl or cosine [tv]")],
-    "risk": Annotated[
-        str | None,
-        typer.Option(
-            help="who rates requests from 0, harmless, to 10: expert, self, logits, guard:MODEL or const:R [expert]"
-        ),
-    ],
-    "alpha": Annotated[
-        str | None,
-        typer.Option(help="strength of the expert, 0 to 1, by risk: table code or paper, or one number for all [code]"),
-    ],
-    "early_stop": Annotated[str | None, typer.Option(help="cut degenerate tails: off, published or corrected [off]")],
-    "draft": Annotated[
-        int | None, typer.Option(help="tokens a model:ID expert writes ahead; as many as pay if not given")
-    ],
-}
-
-
-def with_options(*groups: dict[str, Any]) -> Callable[[Verb], Verb]:
-    """Give a verb the options of `groups`, which it receives as keywords."""
-
-    def decorate(verb: Verb) -> Verb:
-        hints = get_type_hints(verb, include_extras=True)
-        hints |= {name: option for group in groups for name, option in group.items()}
-        parameters = [p for p in inspect.signature(verb).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        taken = {p.name for p in parameters} | {"return", "shared"}
-        parameters += [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False if option is Json else None)
-            for name, option in hints.items()
-            if name not in taken
-        ]
-        signature = inspect.Signature([p.replace(annotation=hints[p.name]) for p in parameters])
-        verb.__signature__ = signature  # type: ignore[attr-defined]
-        verb.__annotations__ = {name: hint for name, hint in hints.items() if name != "shared"}
-        return verb
-
-    return decorate
-
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_LIMIT = 1200  # training prompts; reading all of them would take longer than the training
@@ -116,9 +48,7 @@ def demo(
 def align(
     model: ModelName,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="run folder")],
-    data: Annotated[
-        str | None, typer.Option(help="builtin, a .jsonl file or hf:owner/name@revision:split [builtin]")
-    ] = None,
+    data: Data = None,
     limit: Annotated[int | None, typer.Option(help="train on at most so many prompts, in proportion [all]")] = None,
     tokens: Annotated[int | None, typer.Option(help="number of soft tokens [1]")] = None,
     goal: Annotated[
@@ -138,9 +68,7 @@ def align(
     benign_weight: Annotated[float | None, typer.Option(help="lambda: share of the benign loss, 0 to 1 [0.8]")] = None,
     gamma: Annotated[float | None, typer.Option(help="focal exponent; 0 is plain training [0]")] = None,
     focal: Annotated[str | None, typer.Option(help="which samples count most: hard or easy [hard]")] = None,
-    check: Annotated[
-        int | None, typer.Option(help="held-out prompts compared before and after; 0 for none [120]")
-    ] = None,
+    check: Check = None,
     **shared: Any,
 ) -> None:
     """Train one soft token; the model stays frozen. The same command goes on with a run that was interrupted."""
@@ -173,7 +101,7 @@ def evaluate(
     from trimtab.evaluation.run import evaluate as run
     from trimtab.report.build import build
     from trimtab.report.summary import print_results
-    from trimtab.run import screen
+    from trimtab.run import screen, tell
 
     settings = settle(EvalSettings, given, shared["config"])
     loaded, guidance = _load(settings)
@@ -192,7 +120,7 @@ def evaluate(
     people = screen(shared["as_json"])
     print_results(result, people)
     report_path = build([settings.out], settings.out / "report.html")
-    people.print(f"Report: {report_path}", soft_wrap=True, markup=False)
+    tell(people, f"Report: {report_path}")
     _finish(shared["as_json"], {**result, "report": str(report_path)})
 
 
@@ -226,7 +154,7 @@ def generate(
     from trimtab.decoding.generate import generate as run
     from trimtab.decoding.generate import traces
     from trimtab.prompts.sources import read_chats
-    from trimtab.run import console, create, progress, screen, write_jsonl
+    from trimtab.run import console, create, progress, screen, tell, write_jsonl
 
     settings = settle(GenerateSettings, given, shared["config"])
     _require_neuron(settings)
@@ -264,7 +192,7 @@ def generate(
         console.print(
             f"{unrated} of {len(chats)} requests could not be rated; the expert was at its strongest for them"
         )
-    screen(shared["as_json"]).print(f"{len(lines) - len(failed)} replies: {settings.out}", soft_wrap=True, markup=False)
+    tell(screen(shared["as_json"]), f"{len(lines) - len(failed)} replies: {settings.out}")
     _finish(shared["as_json"], {"out": str(settings.out), "n": len(lines), "failed": len(failed), "unrated": unrated})
     if failed:
         raise typer.Exit(1)
@@ -302,9 +230,7 @@ def chat(
 def expert(
     model: ModelName,
     out: Out,
-    data: Annotated[
-        str | None, typer.Option(help="builtin, a .jsonl file or hf:owner/name@revision:split [builtin]")
-    ] = None,
+    data: Data = None,
     limit: Annotated[int | None, typer.Option(help="train on at most so many prompts, in proportion [1600]")] = None,
     rank: Annotated[int | None, typer.Option(help="of the adapter's matrices [8]")] = None,
     steps: Annotated[int | None, typer.Option(help="training steps [200]")] = None,
@@ -317,9 +243,7 @@ def expert(
         int | None, typer.Option(help="tokens of an opening, at most, but for words of an attack [12]")
     ] = None,
     benign_weight: Annotated[float | None, typer.Option(help="lambda: share of the benign loss, 0 to 1 [0.7]")] = None,
-    check: Annotated[
-        int | None, typer.Option(help="held-out prompts compared before and after; 0 for none [120]")
-    ] = None,
+    check: Check = None,
     seed: Seed = None,
     **shared: Any,
 ) -> None:
@@ -349,10 +273,10 @@ def report(
 ) -> None:
     """One self-contained page on one run, or comparing several."""
     from trimtab.report.build import build
-    from trimtab.run import screen
+    from trimtab.run import screen, tell
 
     path = build(runs, out)
-    screen(as_json).print(f"Report: {path}", soft_wrap=True, markup=False)
+    tell(screen(as_json), f"Report: {path}")
     _finish(as_json, {"report": str(path)})
 
 

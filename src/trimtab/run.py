@@ -32,6 +32,11 @@ def screen(as_json: bool) -> Console:
     return Console(stderr=as_json, highlight=False)
 
 
+def tell(people: Console, line: str) -> None:
+    """Print a line as it is: a path in it is not wrapped, and its brackets are no markup."""
+    people.print(line, soft_wrap=True, markup=False)
+
+
 def existing(folder: Path) -> Path:
     """Raises PathError where there is no such folder."""
     if not folder.is_dir():

@@ -22,7 +22,7 @@ from trimtab.prompts.records import Record, stratified
 from trimtab.prompts.sources import split_records
 from trimtab.report.build import build
 from trimtab.report.replies import HARMFUL_WORDS
-from trimtab.run import read_json
+from trimtab.run import read_json, tell
 from trimtab.softtoken.artifact import SoftToken
 
 
@@ -41,11 +41,10 @@ def check_and_report(
         _print_pairs(read_json(run / "eval" / "rows.json")["held-out"], screen)
     result["report"] = str(build([run], run / "report.html"))
     cost = manifest["cost"]
-    screen.print(
+    tell(
+        screen,
         f"{manifest['token']['numbers']} numbers trained in {cost['train_seconds']:.0f} s on {cost['device']} "
         f"(and {cost['prepare_seconds']:.0f} s to prepare). Report: {result['report']}",
-        soft_wrap=True,
-        markup=False,
     )
     return result
 
@@ -66,11 +65,7 @@ def check_expert(model: Model, records: Sequence[Record], run: Path, n: int, scr
     screen.print(
         f"refused after a compliant opening (validation): {percent(before)} before, {percent(after)} as the expert"
     )
-    screen.print(
-        f"trained in {manifest['cost']['train_seconds']:.0f} s. Report: {result['report']}",
-        soft_wrap=True,
-        markup=False,
-    )
+    tell(screen, f"trained in {manifest['cost']['train_seconds']:.0f} s. Report: {result['report']}")
     return result
 
 

@@ -33,9 +33,7 @@ from trimtab.softtoken.targets import deciding_tokens
 
 Ids = tuple[int, ...]
 
-WORDING_EVERY = (
-    3  # steps, one looks at the words of refusals too; the others only at what decides between refusal and answer
-)
+WORDING_EVERY = 3  # steps, one looks at whole refusals; the others only at what decides between refusal and answer
 WORDING_WEIGHT = 0.3  # of each later token: which refusal it is matters less than whether it is one
 CHECKPOINT_EVERY = 10  # steps that a kill may cost
 WINDOW = 8  # batches that are sorted by length together
