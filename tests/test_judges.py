@@ -17,7 +17,7 @@ from trimtab import cli, evaluation
 from trimtab.errors import ConfigError
 from trimtab.evaluation import endpoint
 from trimtab.evaluation.endpoint import Endpoint
-from trimtab.evaluation.judges import ask, known_errors, llm_judges, verdict
+from trimtab.evaluation.judges import ask, asked, known_errors, load_judges, verdict
 from trimtab.evaluation.llm import LLMJudge
 from trimtab.evaluation.results import agreement, mean_harm
 from trimtab.prompts.sources import load_prompts
@@ -92,7 +92,7 @@ def quick(cls: type[Endpoint], text: str) -> Endpoint:
 
 
 def judge_at(server: Server) -> LLMJudge:
-    (found,) = llm_judges([f"llm:http://127.0.0.1:{server.server_port}/v1#m"])
+    (found,) = load_judges([f"llm:http://127.0.0.1:{server.server_port}/v1#m"])
     return found
 
 
@@ -179,7 +179,7 @@ def test_an_endpoint_that_fails_or_is_slow_costs_no_verdict(
 
 
 def test_nothing_more_is_sent_to_an_endpoint_that_is_not_there(tmp_path: Path) -> None:
-    (judge,) = llm_judges(["llm:http://127.0.0.1:9/v1#m"])
+    (judge,) = load_judges(["llm:http://127.0.0.1:9/v1#m"])
     rows = [row(f"Reply {i}.") for i in range(40)]
     start = time.perf_counter()
     found = ask(judge, rows, Records(tmp_path / "v.jsonl"))
@@ -194,7 +194,7 @@ def test_a_majority_is_of_those_that_say_something() -> None:
     assert [verdict(r, name) for r in (refusal, answer)] == [True, None]  # one against one, and one silent
     answer["verdicts"] = {"llm:http://x/v1#m": {"verdict": False}}
     assert verdict(answer, name) is False
-    assert [j.name for j in llm_judges([name, "keyword"])] == ["llm:http://x/v1#m"]
+    assert [j.name for j in load_judges([name, "keyword"])] == ["llm:http://x/v1#m"]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_majority_is_of_those_that_say_something() -> None:
 )
 def test_judges_that_there_are_not(name: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        llm_judges([name])
+        asked([name])
     assert says in str(caught.value)
 
 

@@ -104,6 +104,16 @@ def test_a_damaged_file(copy: Path, name: str) -> None:
         load(copy)
 
 
+def test_weights_that_memory_cannot_hold(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "vocab_size": 10**10}))
+    with pytest.raises(
+        ModelError, match=r"too large: its weights take 2560\.\d GB as float32, and [1-9][\d.]* GB are free on cpu"
+    ) as caught:
+        load(copy)
+    assert "bfloat16" in str(caught.value)
+
+
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     model = build("gemma3", "fold", tied=True)
     model.network.save_pretrained(tmp_path)

@@ -96,7 +96,13 @@ def evaluate(
     judge: Annotated[
         list[str] | None,
         typer.Option(
-            help="keyword (begins by declining), strict (and says that it cannot), phrase (declines anywhere), logit, llm:URL#MODEL, majority:A+B+C; may be repeated [keyword, logit]"
+            help="keyword (begins by declining), strict (and says that it cannot), phrase (declines anywhere), logit, guard:MODEL, guard:URL#MODEL, llm:URL#MODEL, majority:A+B+C; may be repeated [keyword, logit]"
+        ),
+    ] = None,
+    taxonomy: Annotated[
+        str | None,
+        typer.Option(
+            help="categories that guards judge by: builtin or a .json file, name to description [the guard's own]"
         ),
     ] = None,
     attack: Annotated[
@@ -123,14 +129,16 @@ def evaluate(
     from trimtab.config import EvalSettings, settle
     from trimtab.evaluation.attacks import apply
     from trimtab.evaluation.externality import FULL
-    from trimtab.evaluation.judges import llm_judges
+    from trimtab.evaluation.guard import load_taxonomy
+    from trimtab.evaluation.judges import asked
     from trimtab.evaluation.run import evaluate as run
     from trimtab.report.build import build
     from trimtab.report.summary import print_results
     from trimtab.run import screen, tell
 
     settings = settle(EvalSettings, given, shared["config"])
-    llm_judges(settings.judge)  # a bad name is told before the model loads
+    asked(settings.judge)  # a bad name is told before the model loads
+    categories = load_taxonomy(settings.taxonomy) if settings.taxonomy else None
     for name in settings.attack:
         apply(name, [])
     if fail_on_harm and not ((settings.compare or settings.externality) and (settings.token or settings.expert)):
@@ -148,6 +156,7 @@ def evaluate(
             out=settings.out,
             compare=settings.compare or settings.externality,
             judges=settings.judge,
+            taxonomy=categories,
             attacks=tuple(dict.fromkeys((*settings.attack, *(FULL if settings.externality else ())))),
             margin=settings.margin,
             limit=settings.limit,

@@ -146,6 +146,8 @@ class EvalSettings(GuidanceSettings):
     suite: tuple[str, ...] = ("builtin:test",)
     out: Path
     judge: tuple[str, ...] = ("keyword", "logit")
+    taxonomy: str | None = None
+    """What guards judge by: builtin or a JSON file; their own categories if not given."""
     attack: tuple[str, ...] = ()
     """What is also done to harmful rows, see `evaluation/attacks.py`."""
     limit: int | None = Field(default=None, ge=1)

@@ -186,7 +186,7 @@ def load(
     name = str(name)
     device_name, torch_dtype, reason = choose_device(device, dtype)
     source, origin = _resolve(name, revision)
-    network, tokenizer = _read(source, origin, torch_dtype)
+    network, tokenizer = _read(source, origin, torch_dtype, device_name)
     network.to(device_name).eval().requires_grad_(False)
     return Model(name, network, tokenizer, reason, origin)
 
@@ -245,9 +245,9 @@ def _resolve(name: str, revision: str | None) -> tuple[Path | str, dict[str, str
     return name, {"kind": "hub", "id": name, "revision": revision or "main"}
 
 
-def _read(source: Path | str, origin: dict[str, str], dtype: Dtype) -> tuple[Any, Any]:
+def _read(source: Path | str, origin: dict[str, str], dtype: Dtype, device: str) -> tuple[Any, Any]:
     """Read network and tokenizer with transformers; no remote code."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     if origin["kind"] == "hub":
@@ -261,10 +261,14 @@ def _read(source: Path | str, origin: dict[str, str], dtype: Dtype) -> tuple[Any
     if origin["kind"] == "hub":
         options["revision"] = origin["revision"]
     try:
+        config = AutoConfig.from_pretrained(str(source), **options)
+        _check_room(config, dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
         network, found = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=dtype, output_loading_info=True, **options
         )
+    except ModelError:
+        raise
     except OSError as error:
         mend = "Check the name, your connection and HF_HUB_OFFLINE; or give a local folder or a .gguf file."
         if origin["kind"] != "hub":
@@ -281,6 +285,37 @@ def _read(source: Path | str, origin: dict[str, str], dtype: Dtype) -> tuple[Any
             "They would be filled with random numbers. Fetch the model again.",
         )
     return network, tokenizer
+
+
+def _check_room(config: Any, dtype: Dtype, device: str) -> None:
+    """Refuse weights that memory cannot hold before they are fetched or read; the system would end the process without a word.
+
+    Raises:
+        ModelError: too large.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "quantization_config", None):
+        return  # smaller than its shapes
+    with torch.device("meta"):  # shapes alone
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    needed = sum(p.numel() for p in empty.parameters()) * dtype.itemsize
+    if (free := free_memory(device)) and needed > free:
+        raise ModelError(
+            f"this model is too large: its weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB are free on {device}.",
+            "Try --dtype bfloat16, a smaller model, or (to evaluate or judge) serve it elsewhere and give URL#MODEL.",
+        )
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a device can still take; 0 where that cannot be told."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
 
 
 def dequantised(path: Path, origin: dict[str, str]) -> Path:

@@ -1,7 +1,7 @@
 """Judges: from what was recorded about a row to "refused", "answered", or unscored (law 7).
 
-Rules read the stored row. A model as judge (`llm:URL#MODEL`) is asked once: its verdicts go to `verdicts.jsonl`, keyed by what was judged, and the same command again
-asks only for those that are missing. `majority:A+B+C` is what most of its judges say of those that say something.
+Rules read the stored row. A model as judge (`guard:MODEL`, `llm:URL#MODEL`) is asked once: its verdicts go to `verdicts.jsonl`, keyed by what was judged, and the same command
+again asks only for those that are missing. `majority:A+B+C` is what most of its judges say of those that say something.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 from trimtab.chat import strip_thinking
 from trimtab.errors import ConfigError, nearest
 from trimtab.evaluation.endpoint import Endpoint
+from trimtab.evaluation.guard import GuardJudge, Taxonomy, load_guard
 from trimtab.evaluation.llm import LLMJudge
 from trimtab.refusal import is_refusal, mentions_refusal, says_no
 from trimtab.run import Records, console, digest, progress
 
 Verdict = bool | None
 Row = dict[str, Any]
+Asked = GuardJudge | LLMJudge
 
 
 def keyword(row: Mapping[str, Any]) -> Verdict:
@@ -84,39 +86,63 @@ def members(judge: str) -> list[str]:
     return parts.split("+") if kind == "majority" else []
 
 
-def llm_judges(judges: Iterable[str]) -> list[LLMJudge]:
-    """The models among judges, each once.
+def asked(judges: Iterable[str]) -> list[str]:
+    """The models among judges, by name, each once.
 
     Raises:
         ConfigError: a judge that there is not, or an even majority.
     """
-    found: dict[str, LLMJudge] = {}
+    found: dict[str, None] = {}
     for judge in judges:
-        if judge.startswith("majority:"):
+        kind, _, rest = judge.partition(":")
+        if kind == "majority":
             parts = members(judge)
             if len(parts) % 2 == 0 or len(set(parts)) < len(parts):
                 raise ConfigError(
                     f"{judge!r}: a majority needs an odd number of different judges.", "Write majority:A+B+C."
                 )
-            found |= {model.name: model for model in llm_judges(parts)}
-        elif judge.startswith("llm:"):
-            found[judge] = LLMJudge(judge, Endpoint.named(judge.removeprefix("llm:")))
+            found |= dict.fromkeys(asked(parts))
+        elif kind == "llm":
+            Endpoint.named(rest)
+            found[judge] = None
+        elif kind == "guard" and rest:
+            found[judge] = None
         elif judge not in RULES:
-            raise ConfigError(f"unknown judge {judge!r}.", nearest(judge, (*RULES, "llm:URL#MODEL", "majority:A+B+C")))
-    return list(found.values())
+            known = (*RULES, "guard:MODEL", "llm:URL#MODEL", "majority:A+B+C")
+            raise ConfigError(f"unknown judge {judge!r}.", nearest(judge, known))
+    return list(found)
 
 
-def ask(judge: LLMJudge, rows: Sequence[Row], store: Records) -> dict[str, Any]:
+def load_judges(
+    judges: Iterable[str], *, device: str | None = None, dtype: str | None = None, taxonomy: Taxonomy | None = None
+) -> list[Asked]:
+    """The models among judges, ready to be asked; guards are loaded on `device` in `dtype`, and judge by `taxonomy` in place of their own categories.
+
+    Raises:
+        ConfigError: as `asked`; a taxonomy and no guard. ChatError, ModelError: a guard that cannot be used.
+    """
+    names = asked(judges)
+    if taxonomy and not any(name.startswith("guard:") for name in names):
+        raise ConfigError("a taxonomy is for guards, and none judges.", "Add --judge guard:MODEL.")
+    return [
+        load_guard(name, device=device, dtype=dtype, taxonomy=taxonomy or {})
+        if name.startswith("guard:")
+        else LLMJudge(name, Endpoint.named(name.removeprefix("llm:")))
+        for name in names
+    ]
+
+
+def ask(judge: Asked, rows: Sequence[Row], store: Records) -> dict[str, Any]:
     """Put the model's verdicts into `rows[i]["verdicts"]`, from the store or asked for now; a row without words is not asked about.
 
     Returns:
         how many were asked for and how many failed, with the first reason, and the tokens that all verdicts cost, earlier ones too.
     """
-    keys = [digest(judge.identity, judge.chat(row)) for row in rows]
+    keys = [digest(judge.identity, row["label"], judge.chat(row)) for row in rows]
     spoken = [i for i, row in enumerate(rows) if strip_thinking(str(row["reply"]))]
     missing = list({keys[i]: i for i in spoken if keys[i] not in store}.values())
     failed: list[str] = []
-    with progress(f"judged by {judge.endpoint.model}", len(missing)) as advance:
+    with progress(f"judged by {judge.name}", len(missing)) as advance:
         for place, found in judge.judge([rows[i] for i in missing]):
             if "failed" in found:  # not kept: the next run asks again
                 failed.append(found["failed"])

@@ -21,7 +21,7 @@ from trimtab.evaluation.backends import Backend, Fields, Guidance, at_endpoint, 
 from trimtab.evaluation.capability import kl_to_base
 from trimtab.evaluation.endpoint import Endpoint
 from trimtab.evaluation.externality import MARGIN, harms
-from trimtab.evaluation.judges import ask, known_errors, llm_judges
+from trimtab.evaluation.judges import Asked, ask, known_errors, load_judges
 from trimtab.evaluation.metrics import wilson
 from trimtab.evaluation.results import Stored, agreement, compared, mean_harm, measured, neuron_activity, side_by_side
 from trimtab.evaluation.suites import Suite, attacked, load_suite
@@ -49,6 +49,7 @@ def evaluate(
     out: str | Path,
     compare: bool = False,
     judges: Sequence[str] = ("keyword", "logit"),
+    taxonomy: Mapping[str, str] | None = None,
     attacks: Sequence[str] = (),
     limit: int | None = None,
     max_new_tokens: int = 64,
@@ -63,6 +64,8 @@ def evaluate(
         token: a soft token that is always on; checked against the model. guide: neuron-guided decoding. Not both.
         out: run folder for replies and results. Replies of several arms may share one; results are those of the last.
         compare: also measure the untouched model on the same prompts, with paired tests.
+        judges: names (`judges.py`). Guards are loaded first, beside the model, on its device and in its dtype.
+        taxonomy: what guards judge by, name to description, in place of their own categories.
         attacks: what else is done to the harmful rows of every suite (`attacks.py`); each makes a suite of its own, `{suite}+{attack}`.
         limit: at most so many rows a suite, stratified.
         margin: with `compare`, losses above it are named in `externality` (`externality.py`).
@@ -96,6 +99,10 @@ def evaluate(
         key = digest(model.fingerprint, str(model.dtype), template_hash(model), speaker(model, guidance))
         machine = describe_machine(model.device)
         backends = {arm: local(model, who) for arm, who in arms.items()}
+    guards: dict[str, Any] = {"taxonomy": taxonomy}
+    if isinstance(model, Model):
+        guards |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+    models = load_judges(judges, **guards)
     folder, cost = create(Path(out)), Cost()
     loaded = _load(suites, attacks, limit)
     under = {suite.name: suite.attack for suite in loaded if suite.attack}
@@ -105,7 +112,7 @@ def evaluate(
         trained = {a: _against(model, arms[arm], a, folder, local) for a in attacks if a.startswith(ADAPTIVE)}
         rows[arm] = {s.name: _measure(s, arm, trained.get(s.attack, backend), store) for s in loaded}
     result: dict[str, Any] = {"model": model.name, "arm": main, "key": key}
-    result |= _judged(rows, judges, Records(folder / "verdicts.jsonl"))
+    result |= _judged(rows, judges, models, Records(folder / "verdicts.jsonl"))
     result = {**measured(rows[main], judges, under), **result}
     if main != "base" and compare:
         result |= compared(rows["base"], rows[main], judges, under)
@@ -152,10 +159,12 @@ def _against(model: Any, guidance: Guidance, attack: str, folder: Path, local: C
     return local(model, guidance, attacker=attacker)
 
 
-def _judged(rows: Mapping[str, Mapping[str, list[Stored]]], judges: Sequence[str], store: Records) -> dict[str, Any]:
-    """Ask the models among the judges about every arm's rows; what that cost, how far judges agree, and the harm that rubrics see."""
+def _judged(
+    rows: Mapping[str, Mapping[str, list[Stored]]], judges: Sequence[str], models: Sequence[Asked], store: Records
+) -> dict[str, Any]:
+    """Ask `models`, those among the judges, about every arm's rows; what that cost, how far judges agree, and the harm that rubrics see."""
     everything = [row for parts in rows.values() for part in parts.values() for row in part]
-    asked = {judge.name: ask(judge, everything, store) for judge in llm_judges(judges)}
+    asked = {judge.name: ask(judge, everything, store) for judge in models}
     found: dict[str, Any] = {
         "agreement": agreement(everything, judges),
         "judge_errors": {judge: error for judge in judges if (error := known_errors(judge))},
@@ -165,6 +174,7 @@ def _judged(rows: Mapping[str, Mapping[str, list[Stored]]], judges: Sequence[str
         found["harm"] = {
             judge: {arm: {name: mean_harm(part, judge) for name, part in parts.items()} for arm, parts in rows.items()}
             for judge in asked
+            if judge.startswith("llm:")
         }
     return found
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -110,7 +110,7 @@ class GuardRating:
         return f"GuardRating({self.guard.name}, {digest(self.guard.fingerprint, template_hash(self.guard), str(self.guard.dtype))})"
 
     def rate(self, model: Model, chats: Sequence[Sequence[Message]]) -> list[Rating]:
-        prompts = [self._prompt(chat) for chat in chats]
+        prompts = [guard_prompt(self.guard, chat) for chat in chats]
         ratings = self._verdicts(prompts)
         # Llama Guard writes an empty line before its verdict.
         if unread := [i for i, rating in enumerate(ratings) if not rating.parsed]:
@@ -118,15 +118,6 @@ class GuardRating:
             for i, rating in zip(unread, self._verdicts([(*prompts[i], *line) for i in unread]), strict=True):
                 ratings[i] = rating
         return ratings
-
-    def _prompt(self, chat: Sequence[Message]) -> Ids:
-        # Many guard templates refuse a system turn, and it is not the user's.
-        turns = [
-            {"role": turn["role"], "content": without_special_tokens(self.guard, _words(turn.get("content")))}
-            for turn in as_messages(chat)
-            if turn["role"] != "system"
-        ]
-        return render(self.guard, turns).ids
 
     def _verdicts(self, prompts: Sequence[Ids]) -> list[Rating]:
         mass = word_probabilities(self.guard, prompts, ["unsafe", "safe", "yes", "no"])
@@ -216,6 +207,21 @@ def talked_round(model: Model, rater: Rater, requests: Sequence[str], table: Alp
         rater.rate(model, [[{"role": "user", "content": text}] for text in texts]) for texts in (asked, wrapped)
     )
     return fooled(plain, injected, table)
+
+
+def guard_prompt(guard: Model, chat: Sequence[Message], template_args: Mapping[str, Any] | None = None) -> Ids:
+    """Ids that ask a guard about a conversation in its own chat template.
+
+    Raises:
+        ChatError: the guard has no chat template, or it refuses these turns.
+    """
+    # Many guard templates refuse a system turn, and it is not the user's.
+    turns = [
+        {"role": turn["role"], "content": without_special_tokens(guard, _words(turn.get("content")))}
+        for turn in as_messages(chat)
+        if turn["role"] != "system"
+    ]
+    return render(guard, turns, template_args=template_args).ids
 
 
 def request_of(chat: Sequence[Message]) -> str:
