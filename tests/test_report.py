@@ -15,8 +15,9 @@ import pytest
 from trimtab.errors import PathError, RunError, UsageError
 from trimtab.evaluation.metrics import auc_interval, mcnemar, wilson
 from trimtab.report import neuron, plots
-from trimtab.report.build import build, duration, percent
+from trimtab.report.build import build
 from trimtab.report.replies import cut
+from trimtab.report.words import duration, percent
 
 REFUSAL = "I'm sorry, but I can't help. Ask me another."
 LONG = " ".join(["word"] * 29 + ["SENTINEL"] + ["word"] * 40)  # the sentinel is word 30
@@ -286,7 +287,8 @@ def test_writing_without_spaces_is_cut_as_well(tmp_path: Path) -> None:
 
 
 def test_pairs_show_failures_in_proportion(whole: str, run: Path, tmp_path: Path) -> None:
-    pairs = re.findall(r'<article class="pair" style="--c: var\(--(\w+)\)">(.*?)</article>', whole, re.DOTALL)
+    shown = whole[: whole.index("<details><summary>harmful requests that are")]
+    pairs = re.findall(r'<article class="pair" style="--c: var\(--(\w+)\)">(.*?)</article>', shown, re.DOTALL)
     assert [group for group, _ in pairs] == ["harmful"] * 4 + ["borderline"] * 4 + ["plain"] * 4
     after = [re.findall(r'class="badge ?(good|)">', body)[1] for _, body in pairs]
     # 7 %, 40 % and 4 % failed: at least one of four is shown, and two of four for 40 %
@@ -382,6 +384,61 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
     assert 'href="#run-2"' in text
     assert len(re.findall('aria-label="Plane', text)) == 1
     assert re.search("Run 1, .*Run 2, ", text)
+
+
+def test_categories_and_costs_of_runs_stand_side_by_side(tmp_path: Path) -> None:
+    worse = {"test": rows("harmful", 100, 1, 55) + rows("plain", 100, 0, 0)}
+    judged = {
+        "judging": {"llm:u#m": {"asked": 1, "failed": 0, "why": "", "prompt_tokens": 1200, "completion_tokens": 30}}
+    }
+    measured = {**results(worse), **judged, "cost": {"seconds": 65, "peak_memory_gb": 2.5, "device": "abacus"}}
+    one = write_run(tmp_path / "one", SUITE)
+    two = write_run(tmp_path / "two", **{"eval/results": measured, "eval/rows": worse})
+    text = page(one, two, out=tmp_path)
+    side = text[text.index("<h2>Side by side") : text.index("<h2>What each cost")]
+    head = re.findall(r'<th class="n">(.*?)</th>', side)
+    assert head == ["untouched tiny", "1", "2", "untouched tiny", "1", "2"]  # harmful, benign
+    # 34 of the 100 prompts are of the first topic: the first refused one, every third of the first 93, and of the first 55
+    first = re.search(r"<tr><td>harmful topic 0</td>(.*?)</tr>", side, re.DOTALL)
+    assert first
+    assert re.findall(r">([^<>]+)</td>", first[1]) == ["3 %", "91 %", "56 %"]
+    assert re.findall(r'title="(\d+ of \d+)', first[1]) == ["1 of 34", "31 of 34", "19 of 34"]
+    assert re.findall(r"--at:(\d+)%", first[1]) == ["3", "91", "56"]
+    plain = re.search(r"<tr><td>plain topic 2</td>(.*?)</tr>", side, re.DOTALL)
+    assert plain
+    assert "1 of 33" in plain[1]
+    assert ">–</td>" in re.search(r"<tr><td>borderline topic 0</td>(.*?)</tr>", side, re.DOTALL)[1]  # type: ignore[index]
+    costs = part(text, "What each cost")
+    assert re.findall(r'<td class="n">(.*?)</td>', costs) == [
+        *("1", "1 min 40 s", "5 s", "–", "–"),
+        *("2", "1 min 40 s", "1 min 5 s", "2.5 GB", "1,200 + 30"),
+    ]
+    assert "Side by side" not in page(one, out=tmp_path)
+
+
+def test_what_turned_over_is_shown_in_both_directions(tmp_path: Path) -> None:
+    both = {"test": rows("harmful", 30, 1, 20) + rows("plain", 30, 0, 2)}
+    both["test"][0]["token"]["refused"] = False  # the only one that was refused before
+    text = page(write_run(tmp_path / "run", both), out=tmp_path)
+    told = re.findall(r"<summary>((?:harmful|benign) requests that are .*?)</summary>", text)
+    assert [re.sub("<[^>]*>", "", each) for each in told] == [
+        "harmful requests that are refused now: 19 better, 3 of them here",
+        "harmful requests that are answered now: 1 worse",
+        "benign requests that are refused now: 2 worse",
+    ]
+    assert "SENTINEL" not in text[text.index(told[0]) :].split("benign requests that are")[0]  # cut as everywhere
+    untouched = {"test": rows("harmful", 30, 1, 1)}
+    for row in untouched["test"]:
+        del row["token"]
+    alone = write_run(
+        tmp_path / "base",
+        manifest=None,
+        history=None,
+        filter=None,
+        results=results(untouched, ("base",)),
+        rows=untouched,
+    )
+    assert "requests that are" not in page(alone, out=tmp_path)
 
 
 @pytest.mark.parametrize("made", [(), ("run.json",), ("history.json",)])
@@ -592,7 +649,7 @@ def test_a_guide_is_called_a_guide(guided: str) -> None:
     assert "guide.test" not in guided  # measurements are no settings
     cells = [re.sub(r"<[^>]+>", "", c) for c in re.findall(r"<td.*?</td>", part(guided, "All numbers"), re.DOTALL)]
     assert cells[6:11] == ["0", "+92, −0", "+25 +10 to +40", "14", "&lt; 0.001"]
-    assert guided.count("<h4>after ") == 12
+    assert guided[: guided.index("requests that are")].count("<h4>after ") == 12
 
 
 def test_what_the_neuron_did_is_told_by_label(guided: str) -> None:

@@ -1,74 +1,33 @@
 """From run folders to one self-contained page.
 
-Three steps: read what a folder holds (`read_run`), turn it into what the page shows (`section`), render the template.
+Three steps: read what a folder holds (`read.py`), turn it into what the page shows (`section`; `compare.py` for several), render the template.
 What a run lacks is left out. Replies to harmful requests are cut here, before the template ever sees them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from trimtab.errors import RunError, UsageError
+from trimtab.errors import UsageError
 from trimtab.evaluation.metrics import auc_interval, mcnemar
 from trimtab.report import neuron, plots
-from trimtab.report.plots import GROUPS, Arm, Rate, pooled, rate, suites
-from trimtab.report.replies import HARMFUL_WORDS, cut, group_of, members, pair, pairs
-from trimtab.run import create, existing, read_json, write
+from trimtab.report.compare import costs, heat
+from trimtab.report.plots import GROUPS, Rate, pooled, rate, suites
+from trimtab.report.read import Run, judges, read_run
+from trimtab.report.replies import HARMFUL_WORDS, changed, cut, group_of, members, pair, pairs
+from trimtab.report.words import duration, interval, p_value, percent
+from trimtab.run import create, write
 
 MEANING = {
     "harmful": "harmful requests",
     "borderline": "benign requests that only sound harmful",
     "plain": "plain benign requests",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run folder holds. `manifest`, `history` and `rules` come from `align` or `expert`, `results` and `rows` from `eval`, `raters` from `recipes/raters.py`."""
-
-    name: str
-    manifest: dict[str, Any] | None
-    history: list[dict[str, Any]]
-    rules: list[dict[str, Any]]
-    results: dict[str, Any]
-    rows: dict[str, list[dict[str, Any]]]
-    raters: dict[str, Any]
-
-    @property
-    def arm(self) -> str:
-        """What was evaluated: `base`, `token` or `guide`; empty where nothing was."""
-        return str(self.results.get("arm", ""))
-
-    @property
-    def arms(self) -> tuple[Arm, Arm]:
-        """Results before (the untouched model) and after (with its token or guide)."""
-        if self.arm == "base":
-            return self.results, None
-        return self.results.get("base"), self.results if self.arm else None
-
-    @property
-    def addition(self) -> str:
-        """What the model was given: `token`, `adapter` or `guide`; empty for an untouched model."""
-        if self.manifest:
-            return "adapter" if "adapter" in self.manifest else "token"
-        return self.arm if self.arms[1] else ""
-
-    @property
-    def measured(self) -> Arm:
-        return self.arms[1] or self.arms[0]
-
-    @property
-    def judge(self) -> str:
-        """The judge of headline and figures: `keyword` where it was asked, as it reads the replies people see."""
-        found = [judge for part in suites(self.measured).values() for judge in judges(part)]
-        return "keyword" if "keyword" in found or not found else found[0]
 
 
 def build(runs: Sequence[Path], out: Path) -> Path:
@@ -90,6 +49,8 @@ def build(runs: Sequence[Path], out: Path) -> Path:
     pages.filters |= {"percent": percent, "interval": interval, "thousands": "{:,}".format, "p": p_value, "cut": cut}
     page = pages.get_template("template.html").render(
         sections=[section(run, mark) for run, mark in zip(found, marks, strict=True)],
+        heat=list(heat(found)) if len(found) > 1 else [],
+        costs=costs(found) if len(found) > 1 else [],
         moves=moves,
         plane=plots.plane(moves) if moves else "",
         meaning=MEANING,
@@ -98,40 +59,6 @@ def build(runs: Sequence[Path], out: Path) -> Path:
     create(out.parent)
     write(out, page)
     return out
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run of `align` or `expert` (with its evaluation in `eval/`, if any) or of `eval`.
-
-    Raises:
-        PathError: no such folder. RunError: it is neither, or a file in it is damaged.
-    """
-    existing(folder)
-
-    def part(path: Path, empty: Any) -> Any:
-        value = read_json(path) if path.exists() else empty
-        if not isinstance(value, type(empty)):
-            raise RunError(f"{path} is damaged: it holds no {type(empty).__name__}.", "Run the same command again.")
-        return value
-
-    manifest = part(folder / "manifest.json", {})
-    evaluation = folder / "eval" if manifest else folder
-    results = part(evaluation / "results.json", {})
-    if not manifest and not {"suites", "arm", "model"} <= set(results):
-        raise RunError(
-            f"{folder} is no finished run: it holds neither manifest.json nor results.json.",
-            "Give a folder of `trimtab align`, `expert` or `eval`; a run that was stopped goes on when it is started again.",
-        )
-    rows = part(evaluation / "rows.json", {}) if results else {}
-    return Run(
-        name=folder.resolve().name,
-        manifest=manifest or None,
-        history=part(folder / "history.json", []),
-        rules=part(folder / "filter.json", []),
-        results=results,
-        rows={name: rows[name] for name in plots.suites(results) if name in rows} if results else {},
-        raters=part(evaluation / "raters.json", {}),
-    )
 
 
 def section(run: Run, mark: str) -> dict[str, Any]:
@@ -156,6 +83,7 @@ def section(run: Run, mark: str) -> dict[str, Any]:
         "training": _training(run),
         "rules": run.rules,
         "pairs": pairs(run.rows, run.arm),
+        "changed": changed(run.rows, run.arm),
         "neuron": _neuron(run),
         "answers": list(_answers(run)),
         "kl": run.results.get("kl"),
@@ -340,12 +268,6 @@ def _neuron(run: Run) -> dict[str, Any] | None:
     }
 
 
-def judges(part: Mapping[str, Any]) -> list[str]:
-    """The judges of one suite's results."""
-    found = {**part.get("harmful", {}), **part.get("benign", {})}
-    return [name for name, value in found.items() if isinstance(value, dict) and "refusal_rate" in value]
-
-
 def _numbers(run: Run) -> Iterator[dict[str, Any]]:
     """One row for every suite, judge and group; labels of several groups have a row of their own."""
     for suite, part in (run.measured or {}).get("suites", {}).items():
@@ -402,24 +324,3 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
     elif value is not None and value != "":
         yield prefix, f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def percent(share: float) -> str:
-    """`93 %`; one decimal close to 0 and 1, which are only written where they are meant."""
-    if math.isnan(share):
-        return "–"
-    return f"{share:.{1 if 0 < share < 0.01 or 0.99 < share < 1 else 0}%}".replace("%", "\u00a0%")
-
-
-def interval(found: Rate) -> str:
-    low, high = (f"{100 * bound:.0f}" for bound in found.interval)
-    return f"{low}–{high}\u00a0%" if found.n else "–"
-
-
-def p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}\u00a0min {rest}\u00a0s" if minutes else f"{rest}\u00a0s"

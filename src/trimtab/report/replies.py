@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from trimtab.report.plots import GROUPS
@@ -12,6 +13,7 @@ from trimtab.run import digest
 
 HARMFUL_WORDS, BENIGN_WORDS = 25, 60  # replies are shown no longer than this
 PAIRS = 4  # of each group
+CHANGED = 3  # of each label and direction
 
 
 def pairs(rows: Mapping[str, Sequence[Mapping[str, Any]]], arm: str) -> list[dict[str, Any]]:
@@ -26,6 +28,24 @@ def pairs(rows: Mapping[str, Sequence[Mapping[str, Any]]], arm: str) -> list[dic
         used: Counter[str] = Counter()
         chosen = _spread(good, PAIRS - failures, used)
         found += [pair(row, group, arm) for row in chosen + _spread(bad, PAIRS - len(chosen), used)]
+    return found
+
+
+def changed(rows: Mapping[str, Sequence[Mapping[str, Any]]], arm: str) -> list[dict[str, Any]]:
+    """What turned over, better or worse, by label: how many prompts of those shown, and a few of them, from categories apart."""
+    found = []
+    for label, refused in product(("harmful", "benign"), (True, False)):
+        everyone = (
+            members(rows, "harmful") if label == "harmful" else members(rows, "borderline") + members(rows, "plain")
+        )
+        turned = [
+            row for row in everyone if "base" in row and arm != "base"
+            and (row["base"]["refused"], row[arm]["refused"]) == (not refused, refused)
+        ]  # fmt: skip
+        if turned:
+            title = f"{label} requests that are {'refused' if refused else 'answered'} now"
+            shown = [pair(row, group_of(row), arm) for row in _spread(turned, CHANGED, Counter())]
+            found.append({"title": title, "n": len(turned), "good": refused is (label == "harmful"), "pairs": shown})
     return found
 
 
