@@ -1,8 +1,10 @@
-# make demo | test | lint | bench | venv. Each builds .venv first if it must.
+# make demo | test | interop | lint | bench | venv. Each builds .venv first if it must.
 PYTHON ?= python3
 BIN := .venv/bin
+HARNESS_lm-eval := lm-eval==0.4.13
+HARNESS_inspect-ai := inspect-ai==0.3.285
 
-.PHONY: venv demo test lint bench
+.PHONY: venv demo test interop lint bench
 
 venv: .venv/.done
 
@@ -20,6 +22,17 @@ demo: venv
 
 test: venv
 	$(BIN)/pytest
+
+# Other people's harnesses, each in an environment of its own on top of .venv: they want other versions of what we pin.
+interop: .venv-lm-eval/.done .venv-inspect-ai/.done
+	.venv-lm-eval/bin/python -m pytest tests/interop/test_lm_eval.py
+	.venv-inspect-ai/bin/python -m pytest tests/interop/test_inspect.py
+
+.venv-%/.done: .venv/.done
+	$(PYTHON) -m venv .venv-$*
+	$(BIN)/python -c 'import site; print("\n".join(f"import site; site.addsitedir({p!r})" for p in site.getsitepackages()))' > $$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_venv.pth
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check $(HARNESS_$*)
+	touch $@
 
 lint: venv
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from trimtab.models import Model, slot
 
+# Harnesses that are not installed are left out: `make interop` brings each into an environment of its own.
+HARNESSES = {"interop/test_lm_eval.py": "lm_eval", "interop/test_inspect.py": "inspect_ai"}
+collect_ignore = [file for file, package in HARNESSES.items() if find_spec(package) is None]
 torch.set_num_threads(1)
 settings.register_profile(
     "trimtab", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -132,6 +132,7 @@ def evaluate(
     from trimtab.evaluation.guard import load_taxonomy
     from trimtab.evaluation.judges import asked
     from trimtab.evaluation.run import evaluate as run
+    from trimtab.guidance import load_guided
     from trimtab.report.build import build
     from trimtab.report.summary import print_results
     from trimtab.run import screen, tell
@@ -146,7 +147,7 @@ def evaluate(
             "--fail-on-harm compares, and here is nothing to compare.", "Add --compare, and --token or --expert."
         )
     loaded, guidance = (
-        _load_endpoint(settings) if settings.model.startswith(("http://", "https://")) else _load(settings)
+        _load_endpoint(settings) if settings.model.startswith(("http://", "https://")) else load_guided(settings)
     )
     with _resumable(settings.out):
         result = run(
@@ -202,6 +203,7 @@ def generate(
     from trimtab.config import SAMPLING, GenerateSettings, settle
     from trimtab.decoding.generate import generate as run
     from trimtab.decoding.generate import traces
+    from trimtab.guidance import load_guided
     from trimtab.prompts.sources import read_chats
     from trimtab.run import console, create, progress, screen, tell, write_jsonl
 
@@ -210,7 +212,7 @@ def generate(
     chats, broken = read_chats(settings.source)
     for file in filter(None, (settings.out, settings.trace)):
         create(file.parent)
-    loaded, guidance = _load(settings)
+    loaded, guidance = load_guided(settings)
     with progress("replies", len(chats)) as advance:
         replies = run(
             loaded,
@@ -263,12 +265,13 @@ def chat(
     """Talk to a model, guided or not; an empty line ends it."""
     given = _given(locals())
     from trimtab.config import ChatSettings, settle
+    from trimtab.guidance import load_guided
     from trimtab.run import console, screen
     from trimtab.terminal import converse
 
     settings = settle(ChatSettings, given, shared["config"])
     _require_neuron(settings)
-    loaded, guidance = _load(settings)
+    loaded, guidance = load_guided(settings)
     console.print("an empty line ends the conversation")
     sampling = settings.model_dump(include={"max_new_tokens", "temperature", "seed"})
     turns = converse(loaded, guidance, sampling, settings.trace, screen(shared["as_json"]))
@@ -300,6 +303,7 @@ def expert(
     """Train a safety expert for guided decoding: a LoRA adapter that refuses even after a compliant beginning."""
     given = _given(locals())
     from trimtab.config import ExpertCommand, ExpertSettings, settle
+    from trimtab.guidance import load_model
     from trimtab.neuron.deep_alignment import train_expert
     from trimtab.prompts.sources import load_prompts
     from trimtab.report.summary import check_expert
@@ -307,7 +311,7 @@ def expert(
 
     settings = settle(ExpertCommand, given, shared["config"])
     records = load_prompts(settings.data)
-    loaded = _load_model(settings)
+    loaded = load_model(settings)
     fields = settings.model_dump(include=set(ExpertSettings.model_fields))
     with _resumable(settings.out):
         train_expert(loaded, records, out=settings.out, settings=ExpertSettings(**fields))
@@ -366,6 +370,7 @@ def main() -> None:
 
 def _align(given: dict[str, Any], config: Path | None, as_json: bool, fail_on_harm: bool = False) -> None:
     from trimtab.config import AlignCommand, settle
+    from trimtab.guidance import load_model
     from trimtab.prompts.sources import load_prompts
     from trimtab.report.summary import check_and_report
     from trimtab.run import screen
@@ -377,7 +382,7 @@ def _align(given: dict[str, Any], config: Path | None, as_json: bool, fail_on_ha
             "--fail-on-harm looks at the held-out check, and --check 0 leaves it out.", "Give it prompts."
         )
     records = load_prompts(settings.data)
-    model = _load_model(settings)
+    model = load_model(settings)
     with _resumable(settings.out):
         token = run(model, records, out=settings.out, settings=settings.align())
         result = check_and_report(model, token, records, settings.out, settings.check, screen(as_json))
@@ -407,15 +412,6 @@ def _require_neuron(settings: Any) -> None:
         raise ConfigError("--trace shows what a neuron did, and here is none.", "Add --expert.")
 
 
-def _load_model(settings: Any) -> Any:
-    from trimtab.models import load
-    from trimtab.run import console
-
-    model = load(settings.model, dtype=settings.dtype, device=settings.device, revision=settings.revision)
-    console.print(f"{model.name}: {model.reason}")
-    return model
-
-
 def _load_endpoint(settings: Any) -> tuple[Any, dict[str, Any]]:
     from trimtab.config import GuidanceSettings, ModelSettings
     from trimtab.evaluation.endpoint import Endpoint
@@ -425,18 +421,6 @@ def _load_endpoint(settings: Any) -> tuple[Any, dict[str, Any]]:
         option = given[0].replace("_", "-")
         raise ConfigError(f"--{option} is for a model that is loaded here, and this is an endpoint.", "Leave it out.")
     return Endpoint.named(settings.model), {}
-
-
-def _load(settings: Any) -> tuple[Any, dict[str, Any]]:
-    """The model, and its guidance as `generate` and `evaluate` take it."""
-    from trimtab.neuron.guide import guide_from
-    from trimtab.softtoken.artifact import SoftToken
-
-    if settings.token:
-        SoftToken.load(settings.token)  # a bad path is told before the model loads
-    model = _load_model(settings)
-    token = SoftToken.load(settings.token, model) if settings.token else None
-    return model, {"token": token, "guide": guide_from(settings, model)}
 
 
 def _exit_on_harm(result: dict[str, Any], asked: bool) -> None:

@@ -1,0 +1,139 @@
+"""How likely given replies are: under the model alone, with a token, or under a guide.
+
+Under a guide (NGSD) the neuron goes along the given words as it would along its own: at every token it integrates how far base and expert disagree; where it fires, the
+token's probability is the mixture's, elsewhere the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimtab.chat import Message, Prompt, as_messages, render
+from trimtab.decoding.engine import Ids, Row, banned_ids, by_length, common_length, forward, read
+from trimtab.decoding.sampling import chance
+from trimtab.models import Model, slot
+from trimtab.neuron.expert import Expert
+from trimtab.neuron.guide import Guide
+from trimtab.neuron.mix import DIVERGENCES, mix
+from trimtab.softtoken.artifact import SoftToken
+
+BATCH = 16
+
+
+class Likelihood(NamedTuple):
+    """Of one reply.
+
+    Attributes:
+        log_probability: in nats, of all its tokens; NaN where the model has no room for them. greedy: whether greedy decoding would say just this.
+    """
+
+    log_probability: float
+    greedy: bool
+
+
+@torch.inference_mode()
+def likelihood(
+    model: Model,
+    chats: Sequence[str | Sequence[Message]],
+    replies: Sequence[str],
+    *,
+    token: SoftToken | None = None,
+    guide: Guide | None = None,
+    prefills: Sequence[str] | None = None,
+) -> list[Likelihood]:
+    """How likely each reply is, behind its prefill, as the answer to its chat; the end of the turn is not part of it.
+
+    Raises:
+        ArtefactError: token or expert belong to another model. ChatError: a conversation that the template refuses.
+    """
+    if token is not None:
+        token.check(model)
+    expert = guide.expert_for(model) if guide and guide.neuron.kind != "never" else None
+    turns = [as_messages(chat) for chat in chats]
+    begun = prefills or [""] * len(chats)
+    alphas = guide.rate(model, expert, turns)[1] if guide and expert else []
+    vectors = token.vectors.to(model.device) if token else None
+    voice: Callable[..., Prompt] = token.render if token else render
+    pieces = [_piece(model, voice, expert, *each) for each in zip(turns, begun, replies, strict=True)]
+    found = [Likelihood(float("nan"), False)] * len(chats)
+    for chunk in by_length([len(piece.context) + len(piece.said) for piece in pieces], BATCH):
+        fit = [i for i in chunk if pieces[i].fits(model, expert)]
+        if not fit:
+            continue
+        contexts, heard, said = ([piece[part] for piece in (pieces[i] for i in fit)] for part in range(3))
+        banned = banned_ids(model, expert.vectors if expert else vectors)
+        chances = _read_along(model, contexts, said, slot(model, vectors), banned)
+        if guide and expert:
+            other = _read_along(expert.model, heard, said, expert.speaking(), banned)
+            chances = _guided(chances, other, said, guide, [alphas[i] for i in fit], streams=fit)
+        for row, i in enumerate(fit):
+            along, ids = chances[row, -len(said[row]) :], torch.tensor(said[row], device=model.device)
+            chosen = along.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            found[i] = Likelihood(float(chosen.log().sum()), bool((along.argmax(-1) == ids).all()))
+    return found
+
+
+class _Piece(NamedTuple):
+    """One reply as ids: what the base reads before it, what the expert reads, and the reply."""
+
+    context: Ids
+    heard: Ids
+    said: Ids
+
+    def fits(self, model: Model, expert: Expert | None) -> bool:
+        speakers = [(model, self.context), *([(expert.model, self.heard)] if expert else [])]
+        return bool(self.said) and all(Row(0, 1).fits(who, len(ids) + len(self.said) - 1) for who, ids in speakers)
+
+
+def _piece(
+    model: Model,
+    voice: Callable[..., Prompt],
+    expert: Expert | None,
+    chat: Sequence[Message],
+    prefill: str,
+    reply: str,
+) -> _Piece:
+    before, whole = (voice(model, chat, prefill=words).ids for words in (prefill, prefill + reply))
+    # Where the reply changes how the words before it are tokenised, their last tokens count as the reply's.
+    shared = common_length([before, whole])
+    heard = expert.render(chat, prefill=prefill).ids if expert else ()
+    return _Piece(whole[:shared], heard[: len(heard) - len(before) + shared], whole[shared:])
+
+
+def _read_along(
+    model: Model, contexts: Sequence[Ids], said: Sequence[Ids], voice: AbstractContextManager[None], banned: list[int]
+) -> Tensor:
+    """Probabilities `[B, T, V]` at the places of the longest reply; shorter ones are aligned at their end."""
+    with voice:
+        past, tails = read(model, contexts)
+        along = [[*tail, *ids[:-1]] for tail, ids in zip(tails, said, strict=True)]
+        logits = forward(model, along, past, max(map(len, said)))
+    logits[..., banned] = -torch.inf
+    return logits.softmax(-1)
+
+
+def _guided(
+    base: Tensor, expert: Tensor, said: Sequence[Ids], guide: Guide, alphas: Sequence[float], streams: Sequence[int]
+) -> Tensor:
+    """Probabilities `[B, T, V]` as the neuron leaves them; a row's neuron starts at the row's first place."""
+    common = min(base.shape[-1], expert.shape[-1])  # vocabularies may be padded differently
+    base, expert = base[..., :common], expert[..., :common]
+    places = base.shape[1]
+    begin = torch.tensor([places - len(ids) for ids in said], device=base.device)
+    potential = torch.full((len(said),), guide.neuron.start, device=base.device)
+    strength = torch.tensor(alphas, dtype=torch.float32, device=base.device)
+    left = []
+    for place in range(places):
+        b, e = base[:, place], expert[:, place]
+        drawn = [chance(0, stream, -1 - place + first) for stream, first in zip(streams, begin.tolist(), strict=True)]
+        divergence = DIVERGENCES[guide.neuron.divergence](b, e)
+        _, spike, after = guide.neuron.step(potential, divergence, torch.tensor(drawn, device=base.device))
+        running = place >= begin
+        potential = torch.where(running, after, potential)
+        left.append(torch.where((spike & running).unsqueeze(-1), mix(b, e, strength)[0], b))
+    return torch.stack(left, dim=1)
