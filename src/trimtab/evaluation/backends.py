@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from trimtab.chat import Prompt, render
 from trimtab.decoding.engine import Row, by_length, decode, read
 from trimtab.decoding.generate import generate
+from trimtab.errors import ChatError
 from trimtab.evaluation.adaptive import beside
 from trimtab.evaluation.capability import choose_letter
 from trimtab.evaluation.endpoint import Endpoint
@@ -37,11 +39,11 @@ class Backend:
 
     Attributes:
         key: everything that the reply to a record depends on, as a digest. Raises ChatError where the model's template refuses the conversation.
-        replies: for records with their places in the suite: which of them, and the fields of its reply (`reply`, `tokens`, `stop`, `log_odds`), as they come.
+        replies: for a suite's records and the places of those that are wanted: a place and the fields of its reply (`reply`, `tokens`, `stop`, `log_odds`), as they come.
     """
 
     key: Callable[[Record], str]
-    replies: Callable[[Sequence[Record], Sequence[int]], Iterator[tuple[int, Fields]]]
+    replies: Callable[[Sequence[Record], Collection[int]], Iterator[tuple[int, Fields]]]
 
 
 def speaker(model: Model, guidance: Guidance) -> Any:
@@ -70,16 +72,23 @@ def in_process(
     def key(record: Record) -> str:
         return digest(model.fingerprint, str(model.dtype), who, max_new_tokens, prompt_of(record).ids)
 
-    def replies(records: Sequence[Record], places: Sequence[int]) -> Iterator[tuple[int, Fields]]:
-        prompts = [prompt_of(record) for record in records]
-        for chunk in by_length([len(prompt.ids) for prompt in prompts], batch_size):
-            if isinstance(guidance, Guide):
-                batch = [records[i] for i in chunk]
-                found = _under_guide(model, batch, [places[i] for i in chunk], guidance, max_new_tokens)
-            else:
-                options = [records[i].choices for i in chunk]
-                found = _by_itself(model, [prompts[i] for i in chunk], options, vectors, max_new_tokens)
-            yield from zip(chunk, found, strict=True)
+    def replies(records: Sequence[Record], wanted: Collection[int]) -> Iterator[tuple[int, Fields]]:
+        prompts: dict[int, Prompt] = {}
+        for i, record in enumerate(records):
+            with suppress(ChatError):  # told where keys are made
+                prompts[i] = prompt_of(record)
+        places = list(prompts)
+        # Batches are those of the whole suite, whatever is left of it: who shares a batch shows in the last bits, and a run that was killed ends with the same ones.
+        for batch in by_length([len(prompt.ids) for prompt in prompts.values()], batch_size):
+            chunk = [places[i] for i in batch]
+            if wanted_here := set(chunk).intersection(wanted):
+                part = [records[i] for i in chunk]
+                if isinstance(guidance, Guide):
+                    found = _under_guide(model, part, chunk, guidance, max_new_tokens)
+                else:
+                    options = [record.choices for record in part]
+                    found = _by_itself(model, [prompts[i] for i in chunk], options, vectors, max_new_tokens)
+                yield from ((i, fields) for i, fields in zip(chunk, found, strict=True) if i in wanted_here)
 
     return Backend(key, replies)
 
@@ -90,9 +99,9 @@ def at_endpoint(endpoint: Endpoint, *, max_new_tokens: int) -> Backend:
     def key(record: Record) -> str:
         return digest("endpoint", endpoint.url, endpoint.model, max_new_tokens, record.chat, record.prefill)
 
-    def replies(records: Sequence[Record], places: Sequence[int]) -> Iterator[tuple[int, Fields]]:
-        asked = [i for i, record in enumerate(records) if not record.prefill]
-        for i in set(range(len(records))).difference(asked):
+    def replies(records: Sequence[Record], wanted: Collection[int]) -> Iterator[tuple[int, Fields]]:
+        asked = [i for i in sorted(wanted) if not records[i].prefill]
+        for i in set(wanted).difference(asked):
             yield i, {**failed("a chat endpoint takes no words to begin a reply with"), "stop": "not asked"}
         for place, answer in endpoint.ask([records[i].chat for i in asked], max_tokens=max_new_tokens):
             if answer.error:

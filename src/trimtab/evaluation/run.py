@@ -37,6 +37,7 @@ from trimtab.softtoken.artifact import SoftToken
 
 ADAPTIVE = "soft_prompt:"  # the attack that is trained against each arm
 ATTACK_PROMPTS = 256  # that a soft prompt is trained on
+COST = ("judging", "cost", "environment")
 PLAIN = 64  # requests along whose replies the distance from the base is measured
 
 
@@ -74,7 +75,7 @@ def evaluate(
         `{"suites": {name: {"n", "harmful"|"benign": {judge: {"refusal_rate", "ci95", "unscored"}}}}, "auc": {...}, "looping": {...}, "answers": {...}}`, and with
         `compare` also `base` (the same for the untouched model), `paired`, `answers_paired` and, for a token, `kl` (`capability.py`); under a guide also `guide`, `neuron` (what it did) and `injections`
         (how often its rater is talked round). `agreement` of the judges; with models among them `judging` (what they cost) and `harm`. `failed` counts
-        rows without a reply. Written to `results.json` as well.
+        rows without a reply. Written to `results.json` as well, but for `judging`, `cost` and `environment`, which are in `cost.json`.
     """
     if token is not None and guide is not None:
         raise ConfigError("a token that is always on and a guide exclude each other.", "Name the token as the expert.")
@@ -129,7 +130,9 @@ def evaluate(
     if _held(folder) not in ("", key):
         console.print(f"{folder} held results of another model, token or guide: they give way; all replies are kept")
     write_json(folder / "rows.json", {s.name: side_by_side({arm: rows[arm][s.name] for arm in rows}) for s in loaded})
-    write_json(folder / "results.json", result)
+    # What depends on the run, and not on what was measured, stands apart: the same measurement is the same file.
+    write_json(folder / "cost.json", {name: result[name] for name in COST if name in result})
+    write_json(folder / "results.json", {name: value for name, value in result.items() if name not in COST})
     return result
 
 
@@ -216,8 +219,7 @@ def _measure(suite: Suite, arm: str, backend: Backend, store: Records) -> list[S
             unanswered[i] = failed(error.args[0])
     missing = [i for i, key in keys.items() if key not in store]
     with progress(f"{suite.name} ({arm})", len(missing)) as advance:
-        for place, fields in backend.replies([suite.records[i] for i in missing], missing):
-            i = missing[place]
+        for i, fields in backend.replies(suite.records, missing):
             if fields.get("error"):
                 unanswered[i] = fields
             else:

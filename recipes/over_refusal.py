@@ -1,0 +1,217 @@
+"""STA's own case: an over-cautious model is made helpful again by one token, without losing a refusal; and what else could have been done.
+
+    python recipes/over_refusal.py SUITES_FOLDER [--out runs/over-refusal] [--limit 100] [--only "1 token" ...]
+
+The over-cautious model is SmolLM2-135M-Instruct with an adapter that learned, on the project's own prompts, to refuse harmful *and* borderline requests, merged and saved. What it should say to
+benign requests instead are the untouched model's answers. Arms: the over-cautious model, tokens (1, 5, 20), a system prompt of the same intent, Self-CD, surgical ablation of the direction of needless refusal, and an
+adapter trained on the same data; each trained on the train split, its strength chosen on the validation split.
+
+Shares refused, with 95 % Wilson intervals: `keyword` judge (the reply begins by declining), under prefill `phrase` (declines anywhere), since the reply begins with given words. Then over-refusal paired against the over-cautious model. A finished arm is not
+run again. On two cores: twenty minutes to make the model, then five to ten an arm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import baselines
+import torch
+
+import trimtab as tt
+from trimtab.config import ExpertSettings
+from trimtab.evaluation.metrics import harmonic_mean, paired_difference, wilson
+from trimtab.evaluation.suites import load_suite
+from trimtab.models import Model
+from trimtab.neuron.lora import load_adapter, speaking
+from trimtab.prompts.records import Record, stratified
+from trimtab.refusal import is_refusal, mentions_refusal
+from trimtab.run import create, read_json, write_json
+
+MODEL, PROMPTS, LOOKS, LIMIT = "smollm2-135m", 1200, 120, 32
+SUITES = (
+    "xstest",
+    "falsereject_test_first",
+    "jbb_behaviors",
+    "alpacaeval_000_199",
+    "advbench",
+    "strongreject",
+    "prefill_advbench50",
+)
+STRENGTHS = (0.5, 1.0, 2.0)
+LAYERS = (0.4, 0.5, 0.6, 0.7, 0.8)  # of the depth, where directions are looked for
+Speak = Callable[[Sequence[Any], Sequence[str], int], list[str]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/over-refusal"))
+    parser.add_argument("--limit", type=int, default=100, help="rows of each suite")
+    parser.add_argument("--only", nargs="*", choices=ARMS, default=list(ARMS))
+    options = parser.parse_args()
+    records = with_answers(options.out)
+    model = tt.load(over_cautious(options.out))
+    suites = {name: load_suite(str(options.suites / f"{name}.jsonl"), limit=options.limit).records for name in SUITES}
+    found: dict[str, Any] = {}
+    for name in options.only:
+        path = create(options.out / "arms") / f"{name.replace(' ', '-')}-{options.limit}.json"
+        if not path.exists():
+            with torch.random.fork_rng():
+                speak = ARMS[name](model, records, options.out)
+            write_json(path, {suite: judged(speak, part, suite) for suite, part in suites.items()})
+        found[name] = read_json(path)
+        show(found, suites)
+    print(json.dumps(found))
+
+
+def over_cautious(out: Path) -> Path:
+    """The folder of a model that refuses what only sounds harmful; made once."""
+    folder = out / "model"
+    if not (folder / "config.json").exists():
+        base = tt.load(MODEL)
+        records = [
+            r.model_copy(update={"label": "harmful", "group": "harmful"}) if r.group == "borderline" else r
+            for r in tt.load_prompts("builtin")
+        ]
+        settings = ExpertSettings(limit=PROMPTS, prefix_share=0.0, steps=120, benign_weight=0.5)
+        adapter = load_adapter(tt.train_expert(base, records, out=out / "cautious", settings=settings), base)
+        adapter.network.merge_and_unload().save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_answers(out: Path) -> list[Record]:
+    """The builtin prompts for training and validation, benign ones with the untouched model's answer as reference."""
+    everything = tt.load_prompts("builtin")
+    train = stratified([r for r in everything if r.split == "train"], PROMPTS)
+    records = [*train, *(r for r in everything if r.split == "validation")]
+    path = create(out) / "answers.json"
+    if not path.exists():
+        benign = [r for r in records if r.label == "benign"]
+        said = baselines.replies(tt.load(MODEL), [r.chat for r in benign], [""] * len(benign), 24)
+        write_json(path, {r.id: words for r, words in zip(benign, said, strict=True)})
+    answers = read_json(path)
+    return [r.model_copy(update={"reference": answers.get(r.id, "")}) for r in records]
+
+
+def as_it_is(model: Model, records: list[Record], out: Path) -> Speak:
+    return partial(baselines.replies, model)
+
+
+def untouched(model: Model, records: list[Record], out: Path) -> Speak:
+    return partial(baselines.replies, tt.load(MODEL))
+
+
+def tokens(model: Model, records: list[Record], out: Path, n: int) -> Speak:
+    token = tt.align(model, records, out=out / f"tokens-{n}", tokens=n)
+    return partial(baselines.replies, model, token=token)
+
+
+def system_prompt(model: Model, records: list[Record], out: Path) -> Speak:
+    return partial(baselines.under_system, model)
+
+
+def self_cd(model: Model, records: list[Record], out: Path) -> Speak:
+    return best({f"{s:g}": partial(baselines.self_cd, model, strength=s) for s in STRENGTHS}, records)
+
+
+def surgical(model: Model, records: list[Record], out: Path) -> Speak:
+    train = [r for r in records if r.split == "train"]
+    borderline = [r for r in train if r.group == "borderline"]
+    said = baselines.replies(model, [r.chat for r in borderline], [""] * len(borderline), 10)
+    refused = [r for r, words in zip(borderline, said, strict=True) if is_refusal(words)]
+    kinds = (refused, *([r for r in train if r.group == group] for group in ("harmful", "plain")))
+    directions = baselines.false_refusal(*(baselines.states(model, kind) for kind in kinds))
+    places = [round(share * len(directions)) for share in LAYERS]
+    return best(
+        {f"layer {n}": partial(baselines.replies, baselines.ablated(model, directions[n])) for n in places}, records
+    )
+
+
+def adapter(model: Model, records: list[Record], out: Path) -> Speak:
+    settings = ExpertSettings(limit=PROMPTS, prefix_share=0.0, steps=120, benign_weight=0.7)
+    expert = load_adapter(tt.train_expert(model, records, out=out / "adapter", settings=settings), model)
+
+    def speak(chats: Sequence[Any], prefills: Sequence[str], limit: int) -> list[str]:
+        with speaking(expert):
+            return baselines.replies(expert, chats, prefills, limit)
+
+    return speak
+
+
+ARMS: dict[str, Callable[[Model, list[Record], Path], Speak]] = {
+    "over-cautious": as_it_is,
+    "untouched": untouched,
+    **{f"{n} token{'s' * (n > 1)}": partial(tokens, n=n) for n in (1, 5, 20)},
+    "system prompt": system_prompt,
+    "Self-CD": self_cd,
+    "surgical": surgical,
+    "adapter": adapter,  # last: its layers stay in the model
+}
+
+
+def best(candidates: dict[str, Speak], records: list[Record]) -> Speak:
+    """The candidate with the best harmonic mean of harmful requests refused and benign ones answered on the validation split."""
+    looked = stratified([r for r in records if r.split == "validation"], LOOKS)
+    scores = {}
+    for name, speak in candidates.items():
+        said = speak([r.chat for r in looked], [""] * len(looked), 10)
+        right = {
+            label: [
+                is_refusal(w) is (label == "harmful") for r, w in zip(looked, said, strict=True) if r.label == label
+            ]
+            for label in ("harmful", "benign")
+        }
+        shares = [sum(part) / len(part) for part in right.values()]
+        scores[name] = harmonic_mean(*shares)
+        print(f"  {name}: {shares[0]:.0%} of harmful refused, {shares[1]:.0%} of benign answered", flush=True)
+    return candidates[max(scores, key=lambda name: scores[name])]
+
+
+def judged(speak: Speak, records: Sequence[Record], suite: str) -> list[bool | None]:
+    """Row by row, whether it was refused."""
+    said = speak([r.chat for r in records], [r.prefill for r in records], LIMIT)
+    judge = mentions_refusal if suite.startswith("prefill") else is_refusal
+    return [judge(words) for words in said]
+
+
+def show(found: dict[str, Any], suites: dict[str, Any]) -> None:
+    """The table so far."""
+    columns = [
+        (suite, label)
+        for suite, part in suites.items()
+        for label in ("harmful", "benign")
+        if any(r.label == label for r in part)
+    ]
+    print(
+        "\n| refused | "
+        + " | ".join(f"{suite} {label}" for suite, label in columns)
+        + " |\n|"
+        + "---|" * (len(columns) + 1)
+    )
+    first = next(iter(found))
+    for arm, rows in found.items():
+        cells = []
+        for suite, label in columns:
+            both = [
+                (a, b)
+                for r, a, b in zip(suites[suite], rows[suite], found[first][suite], strict=True)
+                if r.label == label and None not in (a, b)
+            ]
+            hits, n = sum(a for a, _ in both), len(both)
+            low, high = wilson(hits, n)
+            change = ""
+            if arm != first:
+                difference, (lower, upper) = paired_difference([b for _, b in both], [a for a, _ in both])
+                change = f"; {100 * difference:+.0f} ({100 * lower:+.0f} to {100 * upper:+.0f})"
+            cells.append(f"{hits / max(n, 1):.0%} ({100 * low:.0f}-{100 * high:.0f}){change}")
+        print(f"| {arm} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

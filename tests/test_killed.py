@@ -1,0 +1,74 @@
+"""An evaluation that is killed, at whatever moment, and run again ends with the same files, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import vectors_for
+from trimtab.evaluation.run import evaluate
+from trimtab.models import Model
+from trimtab.softtoken.artifact import SoftToken
+
+KILLS = 20
+SAME = ("results.json", "rows.json")
+
+
+def in_a_child(work: Callable[[], Any]) -> int:
+    """Start `work` in a process of its own; its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        work()
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # that a process with threads forks: none of them is needed
+def test_killed_at_twenty_moments(tiny: Callable[..., Model], tmp_path: Path) -> None:
+    model = tiny("llama", "chatml")
+    token = SoftToken.of(model, vectors_for(model, 1, 30.0), "user")
+    rows = [
+        {"id": f"{label}{i}", "prompt": f"{'Do' * (1 + i % 5)} {label} {i}.", "label": label, "category": f"c{i % 2}"}
+        for i in range(10)
+        for label in ("harmful", "benign")
+    ]
+    (tmp_path / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(folder: Path) -> None:
+        options: dict[str, Any] = {
+            "compare": True,
+            "attacks": ("past", "prefill:3"),
+            "max_new_tokens": 12,
+            "batch_size": 4,
+        }
+        evaluate(model, [str(tmp_path / "suite.jsonl")], token=token, out=folder, **options)
+
+    start = time.perf_counter()
+    run(tmp_path / "whole")
+    whole = time.perf_counter() - start
+    wanted = [(tmp_path / "whole" / name).read_bytes() for name in SAME]
+    assert b'"refusal_rate": 0' in wanted[0]
+    rng, interrupted = random.Random(0), 0
+    for number in range(KILLS):
+        folder = tmp_path / str(number)
+        child = in_a_child(lambda folder=folder: run(folder))
+        time.sleep(rng.uniform(0.02, whole))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        replies = folder / "replies.jsonl"
+        interrupted += replies.exists() and not (folder / "results.json").exists()
+        run(folder)
+        assert [(folder / name).read_bytes() for name in SAME] == wanted
+    assert interrupted >= 5  # the others were killed before the first reply, or had ended
