@@ -16,6 +16,10 @@ from trimtab.evaluation.capability import kl_to_base, right
 from trimtab.evaluation.results import answers, answers_paired
 from trimtab.evaluation.run import evaluate
 from trimtab.models import Model
+from trimtab.neuron.guide import Guide
+from trimtab.neuron.neuron import Neuron
+from trimtab.neuron.rating import alpha_table
+from trimtab.neuron.risk import ConstantRisk
 from trimtab.prompts.records import LETTERS
 from trimtab.report.build import build
 from trimtab.softtoken.artifact import SoftToken
@@ -93,6 +97,32 @@ def test_kl_is_what_whole_forward_passes_give(tiny: Callable[..., Model]) -> Non
     assert found["along"]["mean"] == pytest.approx(sum(along) / 3, rel=1e-4)
     assert found["along"]["ci95"][0] <= found["along"]["mean"] <= found["along"]["ci95"][1]
     assert kl_to_base(model, [render(model, "Hi")], [token.render(model, "Hi")], [""], token.vectors) is None
+
+
+def test_letters_under_a_guide_are_those_of_the_mixture(tiny: Callable[..., Model], tmp_path: Path) -> None:
+    model = tiny("llama", "default")
+    token = SoftToken.of(model, vectors_for(model, 2, 30.0), "user")
+    lines = [
+        {"id": str(i), "prompt": f"{i} + 2?", "choices": list("3456"), "reference": "B", "label": "benign"}
+        for i in range(4)
+    ]
+    suite = tmp_path / "sums.jsonl"
+    suite.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chosen: dict[str, list[str]] = {}
+    for neuron, alpha in (("always", "1"), ("never", "1"), ("always", "0.5")):
+        guide = Guide(token, Neuron.named(neuron), risk=ConstantRisk(7), table=alpha_table(alpha))
+        name = f"{neuron}-{alpha}"
+        evaluate(model, [str(suite)], guide=guide, out=tmp_path / name, max_new_tokens=2)
+        stored = [json.loads(line) for line in (tmp_path / name / "replies.jsonl").read_text().splitlines()]
+        chosen[name] = [row["choice"] for row in sorted(stored, key=lambda row: row["id"])]
+    letters = [reply_ids(model, letter)[0] for letter in LETTERS[:4]]
+    for i, line in enumerate(lines):
+        prompt = f"{line['prompt']}\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer with one letter."
+        base = naive_logits(model, render(model, prompt).ids)[-1].softmax(-1)[letters]
+        other = naive_logits(model, token.render(model, prompt).ids, token.vectors)[-1].softmax(-1)[letters]
+        assert chosen["always-1"][i] == LETTERS[int(other.argmax())]
+        assert chosen["never-1"][i] == LETTERS[int(base.argmax())]
+    assert chosen["always-1"] != chosen["never-1"]
 
 
 def test_an_evaluation_says_what_is_still_right(tiny: Callable[..., Model], tmp_path: Path) -> None:

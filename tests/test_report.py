@@ -649,7 +649,7 @@ def test_a_guide_is_called_a_guide(guided: str) -> None:
     assert "guide.test" not in guided  # measurements are no settings
     cells = [re.sub(r"<[^>]+>", "", c) for c in re.findall(r"<td.*?</td>", part(guided, "All numbers"), re.DOTALL)]
     assert cells[6:11] == ["0", "+92, −0", "+25 +10 to +40", "14", "&lt; 0.001"]
-    assert guided[: guided.index("requests that are")].count("<h4>after ") == 12
+    assert guided[: guided.index("<details><summary>harmful requests that are")].count("<h4>after ") == 12
 
 
 def test_what_the_neuron_did_is_told_by_label(guided: str) -> None:

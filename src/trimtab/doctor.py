@@ -12,6 +12,15 @@ from rich.markup import escape
 
 from trimtab.run import PACKAGES, environment
 
+EXTRAS = {
+    "data": "datasets",
+    "expert": "peft",
+    "endpoint": "openai",
+    "lm-eval": "lm_eval",
+    "inspect": "inspect_ai",
+    "bench": "accelerate",
+}
+
 
 class Finding(TypedDict):
     """One thing looked at: whether it works, what was found, and how to mend it."""
@@ -58,7 +67,7 @@ def examine() -> list[Finding]:
             "unset HF_HUB_OFFLINE",
         )
     )
-    for extra, module in (("data", "datasets"), ("expert", "peft"), ("endpoint", "openai"), ("bench", "accelerate")):
+    for extra, module in EXTRAS.items():
         here = find_spec(module) is not None
         findings.append(
             _finding(

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,16 @@ from torch import Tensor
 from trimtab.chat import Prompt, render
 from trimtab.decoding.engine import Row, by_length, decode, read
 from trimtab.decoding.generate import generate
+from trimtab.decoding.likelihood import likelihood
 from trimtab.errors import ChatError
 from trimtab.evaluation.adaptive import beside
 from trimtab.evaluation.capability import choose_letter
 from trimtab.evaluation.endpoint import Endpoint
 from trimtab.models import Model, slot
 from trimtab.neuron.guide import Guide
-from trimtab.prompts.records import Record
+from trimtab.neuron.rating import AlphaTable
+from trimtab.neuron.risk import ConstantRisk
+from trimtab.prompts.records import LETTERS, Record
 from trimtab.refusal import opening_log_odds
 from trimtab.run import digest
 from trimtab.softtoken.artifact import SoftToken
@@ -162,7 +165,8 @@ def _under_guide(
         batch_size=len(records),
         streams=places,
     )
-    for reply in replies:
+    letters = _letters(model, records, guide, [reply.alpha or 0.0 for reply in replies])
+    for place, reply in enumerate(replies):
         if reply.error:
             yield failed(reply.error)
             continue
@@ -179,4 +183,23 @@ def _under_guide(
             "potential": [step["potential"] for step in steps],
             "spikes": [int(step["spike"]) for step in steps],
             "guided": [int(step["chosen"] != step["base"]) for step in steps],
+            **({"choice": letters[place]} if place in letters else {}),
         }
+
+
+def _letters(model: Model, records: Sequence[Record], guide: Guide, alphas: Sequence[float]) -> dict[int, str]:
+    """The likeliest letter under the guide, by place, for records that have choices; `alphas` are what their requests were given."""
+    asked = [(i, letter) for i, r in enumerate(records) for letter in LETTERS[: len(r.choices)]]
+    chances: dict[int, dict[str, float]] = {}
+    for strength in {alphas[i] for i, _ in asked}:
+        part = [(i, letter) for i, letter in asked if alphas[i] == strength]
+        rated = replace(guide, risk=ConstantRisk(0), table=AlphaTable((), otherwise=strength))
+        chats, prefills = [records[i].chat for i, _ in part], [records[i].prefill for i, _ in part]
+        found = likelihood(model, chats, [letter for _, letter in part], guide=rated, prefills=prefills)
+        for (i, letter), (log_probability, _) in zip(part, found, strict=True):
+            chances.setdefault(i, {})[letter] = log_probability
+    return {
+        i: max(found, key=lambda letter: found[letter])
+        for i, found in chances.items()
+        if not any(map(math.isnan, found.values()))
+    }
