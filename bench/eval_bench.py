@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--token", type=Path)
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.token and not options.suites:
+        parser.error("--token is measured on suites: give --suites as well")
     if options.one:
         print(json.dumps(measure(options.one, options.rows, options.suites)))
         return
@@ -68,7 +70,7 @@ def measure(name: str, n: int, suites: Path | None) -> float:
     from trimtab.evaluation.suites import Suite
 
     torch.set_num_threads(2)
-    model = tt.load(MODEL)
+    model = tt.load(MODEL, device="cpu")
     if suites:
         records = [r for suite in SUITES for r in tt.load_prompts(str(suites / f"{suite}.jsonl"))]
     else:

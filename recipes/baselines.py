@@ -1,6 +1,7 @@
-"""Other ways to make an over-cautious model answer, as they are published, for `over_refusal.py`: a system prompt, Self-CD, and surgical ablation.
+"""Other ways to make an over-cautious model answer, for `over_refusal.py`: a system prompt, Self-CD, and surgical ablation. Each gives a function from conversations to replies, or a model.
 
-Each gives a function from conversations to replies, or a model. Strengths are chosen on the validation split.
+After the papers' ideas, in our words and with our choices: Self-CD's prompt is ours, and it may only say what is among the ten likeliest tokens without it; surgical ablation looks at one position, the last of the
+prompt, and at five layers, without the published bound on its KL.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trimtab.chat import as_messages, render
 from trimtab.decoding.engine import Past, Row, by_length, choose, decode, read
+from trimtab.decoding.generate import generate
 from trimtab.decoding.sampling import Sampling
 from trimtab.models import Model
 from trimtab.prompts.records import Record
@@ -99,12 +100,10 @@ def ablated(model: Model, direction: Tensor) -> Model:
 
 def replies(model: Model, chats: Sequence[Any], prefills: Sequence[str], limit: int, **guidance: Any) -> list[str]:
     """Greedy replies, with a token if one is given."""
-    from trimtab.decoding.generate import generate
-
     found = generate(model, chats, prefills=prefills, max_new_tokens=limit, batch_size=BATCH, **guidance)
     return [reply.text for reply in found]
 
 
 def under_system(model: Model, chats: Sequence[Any], prefills: Sequence[str], limit: int) -> list[str]:
     """Greedy replies under a system prompt of the same intent as the token."""
-    return partial(replies, model)([with_system(chat, HELPFUL) for chat in chats], prefills, limit)
+    return replies(model, [with_system(chat, HELPFUL) for chat in chats], prefills, limit)

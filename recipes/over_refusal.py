@@ -2,9 +2,9 @@
 
     python recipes/over_refusal.py SUITES_FOLDER [--out runs/over-refusal] [--limit 100] [--only "1 token" ...]
 
-The over-cautious model is SmolLM2-135M-Instruct with an adapter that learned, on the project's own prompts, to refuse harmful *and* borderline requests, merged and saved. What it should say to
-benign requests instead are the untouched model's answers. Arms: the over-cautious model, tokens (1, 5, 20), a system prompt of the same intent, Self-CD, surgical ablation of the direction of needless refusal, and an
-adapter trained on the same data; each trained on the train split, its strength chosen on the validation split.
+The over-cautious model is SmolLM2-135M-Instruct with an adapter that learned, on the project's own prompts, to refuse harmful *and* borderline requests, merged and saved. What it is to say to benign requests that it refuses is its own answer under an
+open system prompt, or the untouched model's where it refuses even then. Arms: the over-cautious model, the untouched one, tokens (1, 5, 20), a system prompt of the same intent, Self-CD, surgical ablation of the direction of needless refusal (the last two with the strength or layer that is best on the
+validation split), and an adapter trained on the same data.
 
 Shares refused, with 95 % Wilson intervals: `keyword` judge (the reply begins by declining), under prefill `phrase` (declines anywhere), since the reply begins with given words. Then over-refusal paired against the over-cautious model. A finished arm is not
 run again. On two cores: twenty minutes to make the model, then five to ten an arm.
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import baselines
-import torch
 
 import trimtab as tt
 from trimtab.config import ExpertSettings
@@ -32,7 +32,8 @@ from trimtab.prompts.records import Record, stratified
 from trimtab.refusal import is_refusal, mentions_refusal
 from trimtab.run import create, read_json, write_json
 
-MODEL, PROMPTS, LOOKS, LIMIT = "smollm2-135m", 1200, 120, 32
+MODEL = "smollm2-135m"
+PROMPTS, VALIDATION, REPLY_TOKENS = 1200, 120, 32
 SUITES = (
     "xstest",
     "falsereject_test_first",
@@ -42,7 +43,7 @@ SUITES = (
     "strongreject",
     "prefill_advbench50",
 )
-STRENGTHS = (0.5, 1.0, 2.0)
+STRENGTHS = (0.5, 1.0, 1.5, 2.0)
 LAYERS = (0.4, 0.5, 0.6, 0.7, 0.8)  # of the depth, where directions are looked for
 Speak = Callable[[Sequence[Any], Sequence[str], int], list[str]]
 
@@ -58,11 +59,10 @@ def main() -> None:
     model = tt.load(over_cautious(options.out))
     suites = {name: load_suite(str(options.suites / f"{name}.jsonl"), limit=options.limit).records for name in SUITES}
     found: dict[str, Any] = {}
-    for name in options.only:
+    for name in (name for name in ARMS if name in ("over-cautious", *options.only)):
         path = create(options.out / "arms") / f"{name.replace(' ', '-')}-{options.limit}.json"
         if not path.exists():
-            with torch.random.fork_rng():
-                speak = ARMS[name](model, records, options.out)
+            speak = ARMS[name](model, records, options.out)
             write_json(path, {suite: judged(speak, part, suite) for suite, part in suites.items()})
         found[name] = read_json(path)
         show(found, suites)
@@ -80,8 +80,10 @@ def over_cautious(out: Path) -> Path:
         ]
         settings = ExpertSettings(limit=PROMPTS, prefix_share=0.0, steps=120, benign_weight=0.5)
         adapter = load_adapter(tt.train_expert(base, records, out=out / "cautious", settings=settings), base)
-        adapter.network.merge_and_unload().save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
+        scratch = Path(tempfile.mkdtemp(dir=out))
+        adapter.network.merge_and_unload().save_pretrained(scratch)
+        base.tokenizer.save_pretrained(scratch)
+        scratch.rename(folder)  # whole or not at all
     return folder
 
 
@@ -95,7 +97,7 @@ def with_answers(out: Path) -> list[Record]:
         benign = [r for r in records if r.label == "benign"]
         said = baselines.replies(tt.load(MODEL), [r.chat for r in benign], [""] * len(benign), 24)
         write_json(path, {r.id: words for r, words in zip(benign, said, strict=True)})
-    answers = read_json(path)
+    answers = {name: words for name, words in read_json(path).items() if is_refusal(words) is False}
     return [r.model_copy(update={"reference": answers.get(r.id, "")}) for r in records]
 
 
@@ -122,14 +124,21 @@ def self_cd(model: Model, records: list[Record], out: Path) -> Speak:
 
 def surgical(model: Model, records: list[Record], out: Path) -> Speak:
     train = [r for r in records if r.split == "train"]
-    borderline = [r for r in train if r.group == "borderline"]
-    said = baselines.replies(model, [r.chat for r in borderline], [""] * len(borderline), 10)
-    refused = [r for r, words in zip(borderline, said, strict=True) if is_refusal(words)]
-    kinds = (refused, *([r for r in train if r.group == group] for group in ("harmful", "plain")))
+    said = baselines.replies(model, [r.chat for r in train], [""] * len(train), 10)
+    wanted = {"borderline": True, "harmful": True, "plain": False}  # those that behave as their kind
+    kinds = [
+        [r for r, w in zip(train, said, strict=True) if r.group == g and is_refusal(w) is refused]
+        for g, refused in wanted.items()
+    ]
     directions = baselines.false_refusal(*(baselines.states(model, kind) for kind in kinds))
-    places = [round(share * len(directions)) for share in LAYERS]
+
+    def speak(layer: int, chats: Sequence[Any], prefills: Sequence[str], limit: int) -> list[str]:
+        return baselines.replies(
+            baselines.ablated(model, directions[layer]), chats, prefills, limit
+        )  # one copy at a time
+
     return best(
-        {f"layer {n}": partial(baselines.replies, baselines.ablated(model, directions[n])) for n in places}, records
+        {f"layer {n}": partial(speak, n) for n in (round(share * len(directions)) for share in LAYERS)}, records
     )
 
 
@@ -157,7 +166,7 @@ ARMS: dict[str, Callable[[Model, list[Record], Path], Speak]] = {
 
 def best(candidates: dict[str, Speak], records: list[Record]) -> Speak:
     """The candidate with the best harmonic mean of harmful requests refused and benign ones answered on the validation split."""
-    looked = stratified([r for r in records if r.split == "validation"], LOOKS)
+    looked = stratified([r for r in records if r.split == "validation"], VALIDATION)
     scores = {}
     for name, speak in candidates.items():
         said = speak([r.chat for r in looked], [""] * len(looked), 10)
@@ -175,7 +184,7 @@ def best(candidates: dict[str, Speak], records: list[Record]) -> Speak:
 
 def judged(speak: Speak, records: Sequence[Record], suite: str) -> list[bool | None]:
     """Row by row, whether it was refused."""
-    said = speak([r.chat for r in records], [r.prefill for r in records], LIMIT)
+    said = speak([r.chat for r in records], [r.prefill for r in records], REPLY_TOKENS)
     judge = mentions_refusal if suite.startswith("prefill") else is_refusal
     return [judge(words) for words in said]
 

@@ -122,6 +122,7 @@ def test_letters_under_a_guide_are_those_of_the_mixture(tiny: Callable[..., Mode
         other = naive_logits(model, token.render(model, prompt).ids, token.vectors)[-1].softmax(-1)[letters]
         assert chosen["always-1"][i] == LETTERS[int(other.argmax())]
         assert chosen["never-1"][i] == LETTERS[int(base.argmax())]
+        assert chosen["always-0.5"][i] == LETTERS[int((base + other).argmax())]
     assert chosen["always-1"] != chosen["never-1"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,17 @@ def test_what_guards_say(said: str, unsafe: bool | None, refusal: bool | None) -
 
 
 @pytest.mark.parametrize(
-    "said", ["", "I think it is unsafe.", "Harmful request: yes", "safety first", "<think>safe", "yesterday"]
+    "said",
+    [
+        "",
+        "I think it is unsafe.",
+        "Harmful request: yes",
+        "safety first",
+        "<think>safe",
+        "yesterday",
+        "No verdict",
+        "Safe or unsafe: unsafe",
+    ],
 )
 def test_what_is_no_verdict(said: str) -> None:
     assert read_verdict(said) is None
@@ -96,7 +107,7 @@ def test_harm_counts_where_refusal_was_due_and_refusal_where_an_answer_was(
     rows = [row(reply, label) for label in ("harmful", "benign") for reply in replies]
     rows += [
         row(""),
-        row("one.", prefill="Step "),
+        row(" one.", prefill="Step"),
         row("No.", messages=({"role": "system", "content": "Be bad."}, {"role": "user", "content": "Now."}), prompt=""),
     ]
     store = Records(tmp_path / "v.jsonl")
@@ -137,7 +148,7 @@ def test_verdicts_of_other_weights_templates_or_categories_do_not_count() -> Non
     judge = GuardJudge("guard:g", guard_with(CATEGORIES))
     others = [
         GuardJudge("guard:g", guard_with(OPEN)),
-        GuardJudge("guard:g", build("llama", "chatml", seed=1)),
+        GuardJudge("guard:g", replace(guard_with(CATEGORIES), network=build("llama", "chatml", seed=1).network)),
         GuardJudge("guard:g", judge.guard, {"a": "b"}),
         GuardJudge("guard:g", Endpoint("http://x/v1", "g")),
     ]

@@ -30,8 +30,9 @@ def in_a_child(work: Callable[[], Any]) -> int:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         work()
-    finally:
-        os._exit(0)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -66,7 +67,8 @@ def test_killed_at_twenty_moments(tiny: Callable[..., Model], tmp_path: Path) ->
         child = in_a_child(lambda folder=folder: run(folder))
         time.sleep(rng.uniform(0.02, whole))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        assert status in (0, signal.SIGKILL)
         replies = folder / "replies.jsonl"
         interrupted += replies.exists() and not (folder / "results.json").exists()
         run(folder)

@@ -414,6 +414,13 @@ def test_categories_and_costs_of_runs_stand_side_by_side(tmp_path: Path) -> None
         *("2", "1 min 40 s", "1 min 5 s", "2.5 GB", "1,200 + 30"),
     ]
     assert "Side by side" not in page(one, out=tmp_path)
+    for row in SUITE["test"][95:100]:  # five categories of one row each
+        assert row["label"] == "harmful"
+    few = {"test": [{**row, "category": f"rare {i}"} if 95 <= i < 100 else row for i, row in enumerate(SUITE["test"])]}
+    text = page(write_run(tmp_path / "a", few), write_run(tmp_path / "b", few), out=tmp_path)
+    small = re.search(r"<tr><td>5 small ones</td>(.*?)</tr>", text, re.DOTALL)
+    assert small
+    assert "0 of 5" in small[1]
 
 
 def test_what_turned_over_is_shown_in_both_directions(tmp_path: Path) -> None:

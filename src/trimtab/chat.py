@@ -110,6 +110,13 @@ def strip_thinking(reply: str) -> str:
     return THINKING.sub("", reply).strip()
 
 
+def whole_reply(row: Mapping[str, Any]) -> str:
+    """A stored reply without its think blocks, behind the words that it was made to begin with, as they follow each other."""
+    reply, begun = strip_thinking(str(row["reply"])), str(row.get("prefill", ""))
+    space = " " if begun and str(row["reply"])[:1].isspace() and not begun[-1].isspace() else ""
+    return begun + space + reply
+
+
 def template_hash(model: Model) -> str:
     """16 hex digits of the chat template: another template would put the slot elsewhere."""
     return hashlib.sha256(str(model.tokenizer.chat_template).encode()).hexdigest()[:16]

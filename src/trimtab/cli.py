@@ -138,8 +138,8 @@ def evaluate(
     from trimtab.run import screen, tell
 
     settings = settle(EvalSettings, given, shared["config"])
-    asked(settings.judge)  # a bad name is told before the model loads
     categories = load_taxonomy(settings.taxonomy) if settings.taxonomy else None
+    asked(settings.judge, categories)  # a bad name is told before the model loads
     for name in settings.attack:
         apply(name, [])
     if fail_on_harm and not ((settings.compare or settings.externality) and (settings.token or settings.expert)):

@@ -42,6 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 RESERVED = re.compile(r"^<\|?(reserved_special_token_|unused|extra_|reserved_|dummy_)\w*\|?>$", re.IGNORECASE)
 # More slots than this is no longer a light method; the largest published soft prefix on these lines has 100 tokens.
 MAX_TOKENS = 128
+LEAST_UNPACKED = 6  # a GGUF file's size, at least, once its four or five bits a weight are 32
 
 
 @dataclass
@@ -300,22 +301,32 @@ def _check_room(config: Any, dtype: Dtype, device: str) -> None:
     with torch.device("meta"):  # shapes alone
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     needed = sum(p.numel() for p in empty.parameters()) * dtype.itemsize
+    _require_room(needed, str(dtype).removeprefix("torch."), device)
+
+
+def _require_room(needed: int, dtype: str, device: str) -> None:
     if (free := free_memory(device)) and needed > free:
+        half = "Try --dtype bfloat16, a smaller model," if dtype == "float32" else "Try a smaller model,"
         raise ModelError(
-            f"this model is too large: its weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB are free on {device}.",
-            "Try --dtype bfloat16, a smaller model, or (to evaluate or judge) serve it elsewhere and give URL#MODEL.",
+            f"this model is too large: its weights take {needed / 1e9:.1f} GB as {dtype}, and {free / 1e9:.1f} GB are free on {device}.",
+            f"{half} or (to evaluate or judge) serve it elsewhere and give URL#MODEL.",
         )
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a device can still take; 0 where that cannot be told."""
+    """Bytes that a device can still take, within the limit of a container; 0 where that cannot be told."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return 0
-    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    free = 1024 * next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no container, or "max": no limit
+        return free
+    return min(free, limit - used)
 
 
 def dequantised(path: Path, origin: dict[str, str]) -> Path:
@@ -331,6 +342,7 @@ def dequantised(path: Path, origin: dict[str, str]) -> Path:
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    _require_room(LEAST_UNPACKED * path.stat().st_size, "float32", "cpu")
     console.print(f"unpacking {path.name}, once; half a minute", markup=False)
     where: dict[str, Any] = {
         "pretrained_model_name_or_path": str(path.parent),

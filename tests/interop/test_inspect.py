@@ -85,10 +85,33 @@ def test_turns_prefill_and_stop(folder: Path, tmp_path: Path) -> None:
     assert by_id["plain"].usage.output_tokens == len(ours[0].ids)
 
 
-def test_a_prompt_too_long_fails_its_sample(folder: Path, tmp_path: Path) -> None:
-    log = evaluate(folder, [Sample(input="x" * 900, target="x")], tmp_path, {}, max_tokens=3)
-    assert log.status == "error"
-    assert "a prompt of" in log.error.message
+def test_a_prompt_too_long_fails_alone(folder: Path, tmp_path: Path) -> None:
+    samples = [Sample(input="x" * 900, target="x", id="long"), Sample(input="Hi", target="x", id="short")]
+    log = evaluate(folder, samples, tmp_path, {}, max_tokens=3)
+    assert log.status == "success"
+    outputs = {sample.id: sample.output for sample in log.samples}
+    assert outputs["long"].stop_reason == "model_length"
+    assert "a prompt of" in outputs["long"].error
+    assert outputs["short"].completion == generate(load(folder), ["Hi"], max_new_tokens=3)[0].text
+
+
+def test_what_is_drawn_depends_on_the_conversation_and_how_often_it_was_asked(folder: Path, tmp_path: Path) -> None:
+    samples = [Sample(input=f"Say {i}.", target="x", id=str(i)) for i in range(4)]
+
+    def said(connections: int) -> dict[tuple[Any, int], str]:
+        task = Task(dataset=samples, scorer=includes(), epochs=3, config=GenerateConfig(max_tokens=4, temperature=1.5))
+        (log,) = eval(
+            task, model=f"trimtab/{folder}", max_connections=connections, log_dir=str(tmp_path / "l"), display="none"
+        )
+        assert log.status == "success", log.error
+        return {(sample.id, sample.epoch): sample.output.completion for sample in log.samples}
+
+    def by_sample(found: dict[tuple[Any, int], str]) -> dict[Any, list[str]]:
+        return {i: sorted(text for (name, _), text in found.items() if name == i) for i in {name for name, _ in found}}
+
+    alone, together = by_sample(said(1)), by_sample(said(8))
+    assert alone == together
+    assert all(len(set(texts)) == 3 for texts in alone.values())
 
 
 @pytest.mark.anyio

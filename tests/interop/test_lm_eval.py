@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from conftest import vectors_for
-from trimtab.bridges.lm_eval import TrimtabLM
+from trimtab.bridges.lm_eval import TrimtabLM, _sampling
 from trimtab.decoding.generate import generate
 from trimtab.decoding.likelihood import likelihood
 from trimtab.errors import ConfigError
@@ -27,6 +28,9 @@ def run(folder: Path, tmp_path: Path) -> Path:
     model = load(folder)
     SoftToken.of(model, vectors_for(model, 1, 30.0), "user").save(tmp_path / "run")
     return tmp_path / "run"
+
+
+STOPS = list("aeiou \n0123456789")  # what a random model soon says one of
 
 
 def request(kind: str, *arguments: Any) -> Instance:
@@ -46,7 +50,7 @@ def tasks(tmp_path: Path) -> list[dict[str, Any]]:
         {**shared, "task": "choose", "output_type": "multiple_choice", "doc_to_choice": ["one", "two", "three"], "doc_to_target": "a",
          "metric_list": [{"metric": "acc"}]},
         {**shared, "task": "write", "output_type": "generate_until", "doc_to_target": "{{a}}", "metric_list": [{"metric": "exact_match"}],
-         "generation_kwargs": {"until": ["\\n\\n"], "max_gen_toks": 5}},
+         "generation_kwargs": {"until": STOPS, "max_gen_toks": 12}},
     ]  # fmt: skip
 
 
@@ -64,7 +68,8 @@ def test_tasks_run(guidance: dict[str, Any], folder: Path, run: Path, tmp_path: 
     model, options = lm.model, lm.guidance
     asked = [[{"role": "user", "content": f"What is {i}?"}] for i in range(6)]
     written = {s["doc"]["q"]: s["resps"][0][0] for s in found["samples"]["write"]}
-    ours = generate(model, asked, max_new_tokens=5, stop=["\n\n"], **options)
+    ours = generate(model, asked, max_new_tokens=12, stop=STOPS, **options)
+    assert any(reply.stop == "stop" for reply in ours)
     assert written == {chat[0]["content"]: reply.text for chat, reply in zip(asked, ours, strict=True)}
     chosen = {s["doc"]["q"]: [resp[0][0] for resp in s["resps"]] for s in found["samples"]["choose"]}
     ours_too = [p for p, _ in likelihood(model, [asked[2]] * 3, ["one", "two", "three"], **options)]
@@ -132,6 +137,39 @@ def test_a_conversation_too_long_gets_an_empty_reply(folder: Path, capsys: pytes
     assert said[0] == ""
     assert said[1] != ""
     assert "left empty: a prompt of" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_continuation_without_room_is_impossible_and_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm = TrimtabLM(str(folder), batch_size="8")
+    assert lm.batch_size == 8
+    asked = [request("loglikelihood", context, " yes") for context in ("x" * 900, "Hi")] + [
+        request("loglikelihood", "Hi", " ")
+    ]
+    found = lm.loglikelihood(asked)
+    assert [p == -math.inf for p, _ in found] == [True, False, True]
+    assert "2 continuations are empty, or leave the model no room" in " ".join(capsys.readouterr().err.split())
+
+
+def test_choices_of_a_question_are_compared_under_the_same_spikes(folder: Path, run: Path) -> None:
+    lm = TrimtabLM(str(folder), expert=f"token:{run}", neuron="random:0.5", risk="const:7")
+    found = lm.loglikelihood([request("loglikelihood", f"Q{i // 8}", "yes") for i in range(16)])
+    assert len({p for p, _ in found[:8]}) == len({p for p, _ in found[8:]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "temperature", "length"),
+    [
+        ({}, None, 256),
+        ({"do_sample": False, "temperature": 0.7, "max_tokens": 7}, None, 7),
+        ({"do_sample": True, "max_gen_toks": 9}, 1.0, 9),
+        ({"temperature": 0.7, "top_p": 0.9}, 0.7, 256),
+        ({"temperature": 0.0, "do_sample": True}, None, 256),
+    ],
+)
+def test_what_a_task_asks_for(asked: dict[str, Any], temperature: float | None, length: int) -> None:
+    options = _sampling(asked)
+    assert (options.get("temperature"), options["max_new_tokens"]) == (temperature, length)
+    assert options.get("top_p") == (asked.get("top_p") if temperature else None)
 
 
 def test_answers_are_cached_by_the_harness(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,5 @@ def open_model(name: str, arguments: dict[str, Any]) -> tuple[Model, dict[str, A
     Raises:
         ConfigError: an argument that there is not.
     """
-    settings = settle(GuidanceSettings, {"model": name, **{key: _plain(value) for key, value in arguments.items()}})
+    settings = settle(GuidanceSettings, {"model": name, **arguments})
     return load_guided(settings)
-
-
-def _plain(value: Any) -> Any:
-    """Harnesses read `alpha=0.5` as a number; that setting is text."""
-    return str(value) if isinstance(value, float) else value

@@ -6,6 +6,7 @@ token's probability is the mixture's, elsewhere the base's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from trimtab.neuron.guide import Guide
 from trimtab.neuron.mix import DIVERGENCES, mix
 from trimtab.softtoken.artifact import SoftToken
 
-BATCH = 16
+BATCH, PLACES = 32, 256  # rows, and places of their replies, that are read together
 
 
 class Likelihood(NamedTuple):
@@ -45,8 +46,15 @@ def likelihood(
     token: SoftToken | None = None,
     guide: Guide | None = None,
     prefills: Sequence[str] | None = None,
+    alphas: Sequence[float] | None = None,
+    streams: Sequence[int] | None = None,
+    progress: Callable[[], None] | None = None,
 ) -> list[Likelihood]:
     """How likely each reply is, behind its prefill, as the answer to its chat; the end of the turn is not part of it.
+
+    Args:
+        alphas: strength of a guide's expert for each chat, where it is known; else each conversation is rated, once.
+        streams: a number for each chat that fixes when a `random:P` neuron fires: the same for replies that are to be compared. The same for all if not given.
 
     Raises:
         ArtefactError: token or expert belong to another model. ChatError: a conversation that the template refuses.
@@ -56,12 +64,17 @@ def likelihood(
     expert = guide.expert_for(model) if guide and guide.neuron.kind != "never" else None
     turns = [as_messages(chat) for chat in chats]
     begun = prefills or [""] * len(chats)
-    alphas = guide.rate(model, expert, turns)[1] if guide and expert else []
+    if guide and expert and alphas is None:
+        alphas = _rated(guide, model, expert, turns)
     vectors = token.vectors.to(model.device) if token else None
     voice: Callable[..., Prompt] = token.render if token else render
     pieces = [_piece(model, voice, expert, *each) for each in zip(turns, begun, replies, strict=True)]
     found = [Likelihood(float("nan"), False)] * len(chats)
-    for chunk in by_length([len(piece.context) + len(piece.said) for piece in pieces], BATCH):
+    longest = max((len(piece.said) for piece in pieces), default=1)
+    # Distributions over the vocabulary are large: the longer the replies, the fewer at a time.
+    for chunk in by_length(
+        [len(piece.context) + len(piece.said) for piece in pieces], max(1, min(BATCH, PLACES // longest))
+    ):
         fit = [i for i in chunk if pieces[i].fits(model, expert)]
         if not fit:
             continue
@@ -70,12 +83,23 @@ def likelihood(
         chances = _read_along(model, contexts, said, slot(model, vectors), banned)
         if guide and expert:
             other = _read_along(expert.model, heard, said, expert.speaking(), banned)
-            chances = _guided(chances, other, said, guide, [alphas[i] for i in fit], streams=fit)
+            strengths = [alphas[i] for i in fit] if alphas is not None else []
+            chances = _guided(chances, other, said, guide, strengths, [streams[i] if streams else 0 for i in fit])
         for row, i in enumerate(fit):
             along, ids = chances[row, -len(said[row]) :], torch.tensor(said[row], device=model.device)
             chosen = along.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
             found[i] = Likelihood(float(chosen.log().sum()), bool((along.argmax(-1) == ids).all()))
+            if progress:
+                progress()
     return found
+
+
+def _rated(guide: Guide, model: Model, expert: Expert, chats: Sequence[Sequence[Message]]) -> list[float]:
+    """The expert's strength for each conversation; those that are asked several times, as choices are, are rated once."""
+    keys = [json.dumps(chat, sort_keys=True, default=str) for chat in chats]
+    apart = dict(zip(keys, chats, strict=True))
+    rated = dict(zip(apart, guide.rate(model, expert, list(apart.values()))[1], strict=True))
+    return [rated[key] for key in keys]
 
 
 class _Piece(NamedTuple):

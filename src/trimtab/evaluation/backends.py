@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.chat import Prompt, render
 from trimtab.decoding.engine import Row, by_length, decode, read
-from trimtab.decoding.generate import generate
+from trimtab.decoding.generate import Reply, generate
 from trimtab.decoding.likelihood import likelihood
 from trimtab.errors import ChatError
 from trimtab.evaluation.adaptive import beside
@@ -25,8 +25,6 @@ from trimtab.evaluation.capability import choose_letter
 from trimtab.evaluation.endpoint import Endpoint
 from trimtab.models import Model, slot
 from trimtab.neuron.guide import Guide
-from trimtab.neuron.rating import AlphaTable
-from trimtab.neuron.risk import ConstantRisk
 from trimtab.prompts.records import LETTERS, Record
 from trimtab.refusal import opening_log_odds
 from trimtab.run import digest
@@ -73,13 +71,20 @@ def in_process(
         return render(model, record.chat, **options) if token is None else token.render(model, record.chat, **options)
 
     def key(record: Record) -> str:
-        return digest(model.fingerprint, str(model.dtype), who, max_new_tokens, prompt_of(record).ids)
+        # Choices are asked for beside the reply: which letter is likeliest is stored with it.
+        asked = [record.choices] if record.choices else []
+        return digest(model.fingerprint, str(model.dtype), who, max_new_tokens, prompt_of(record).ids, *asked)
 
     def replies(records: Sequence[Record], wanted: Collection[int]) -> Iterator[tuple[int, Fields]]:
         prompts: dict[int, Prompt] = {}
         for i, record in enumerate(records):
             with suppress(ChatError):  # told where keys are made
-                prompts[i] = prompt_of(record)
+                prompt = prompt_of(record)
+                row = Row(i, max_new_tokens)
+                if row.fits(model, len(prompt.ids)):
+                    prompts[i] = prompt
+                elif i in wanted:
+                    yield i, failed(row.error)
         places = list(prompts)
         # Batches are those of the whole suite, whatever is left of it: who shares a batch shows in the last bits, and a run that was killed ends with the same ones.
         for batch in by_length([len(prompt.ids) for prompt in prompts.values()], batch_size):
@@ -165,7 +170,7 @@ def _under_guide(
         batch_size=len(records),
         streams=places,
     )
-    letters = _letters(model, records, guide, [reply.alpha or 0.0 for reply in replies])
+    letters = _letters(model, records, places, guide, replies)
     for place, reply in enumerate(replies):
         if reply.error:
             yield failed(reply.error)
@@ -187,19 +192,29 @@ def _under_guide(
         }
 
 
-def _letters(model: Model, records: Sequence[Record], guide: Guide, alphas: Sequence[float]) -> dict[int, str]:
-    """The likeliest letter under the guide, by place, for records that have choices; `alphas` are what their requests were given."""
-    asked = [(i, letter) for i, r in enumerate(records) for letter in LETTERS[: len(r.choices)]]
+def _letters(
+    model: Model, records: Sequence[Record], places: Sequence[int], guide: Guide, replies: Sequence[Reply]
+) -> dict[int, str]:
+    """The likeliest letter under the guide, by place in the batch, for records that have choices and got a reply."""
+    asked = [
+        (i, letter)
+        for i, (record, reply) in enumerate(zip(records, replies, strict=True))
+        for letter in LETTERS[: len(record.choices) if not reply.error else 0]
+    ]
+    found = likelihood(
+        model,
+        [records[i].chat for i, _ in asked],
+        [letter for _, letter in asked],
+        guide=guide,
+        prefills=[records[i].prefill for i, _ in asked],
+        alphas=[replies[i].alpha or 0.0 for i, _ in asked],
+        streams=[places[i] for i, _ in asked],
+    )
     chances: dict[int, dict[str, float]] = {}
-    for strength in {alphas[i] for i, _ in asked}:
-        part = [(i, letter) for i, letter in asked if alphas[i] == strength]
-        rated = replace(guide, risk=ConstantRisk(0), table=AlphaTable((), otherwise=strength))
-        chats, prefills = [records[i].chat for i, _ in part], [records[i].prefill for i, _ in part]
-        found = likelihood(model, chats, [letter for _, letter in part], guide=rated, prefills=prefills)
-        for (i, letter), (log_probability, _) in zip(part, found, strict=True):
-            chances.setdefault(i, {})[letter] = log_probability
+    for (i, letter), (log_probability, _) in zip(asked, found, strict=True):
+        chances.setdefault(i, {})[letter] = log_probability
     return {
-        i: max(found, key=lambda letter: found[letter])
-        for i, found in chances.items()
-        if not any(map(math.isnan, found.values()))
+        i: max(part, key=lambda letter: part[letter])
+        for i, part in chances.items()
+        if not any(map(math.isnan, part.values()))
     }

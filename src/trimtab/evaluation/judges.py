@@ -86,11 +86,11 @@ def members(judge: str) -> list[str]:
     return parts.split("+") if kind == "majority" else []
 
 
-def asked(judges: Iterable[str]) -> list[str]:
+def asked(judges: Iterable[str], taxonomy: Taxonomy | None = None) -> list[str]:
     """The models among judges, by name, each once.
 
     Raises:
-        ConfigError: a judge that there is not, or an even majority.
+        ConfigError: a judge that there is not, an even majority, or a taxonomy and no guard.
     """
     found: dict[str, None] = {}
     for judge in judges:
@@ -102,14 +102,15 @@ def asked(judges: Iterable[str]) -> list[str]:
                     f"{judge!r}: a majority needs an odd number of different judges.", "Write majority:A+B+C."
                 )
             found |= dict.fromkeys(asked(parts))
-        elif kind == "llm":
-            Endpoint.named(rest)
-            found[judge] = None
-        elif kind == "guard" and rest:
+        elif kind in ("llm", "guard") and rest:
+            if kind == "llm" or rest.startswith(("http://", "https://")):
+                Endpoint.named(rest)
             found[judge] = None
         elif judge not in RULES:
             known = (*RULES, "guard:MODEL", "llm:URL#MODEL", "majority:A+B+C")
             raise ConfigError(f"unknown judge {judge!r}.", nearest(judge, known))
+    if taxonomy and not any(name.startswith("guard:") for name in found):
+        raise ConfigError("a taxonomy is for guards, and none judges.", "Add --judge guard:MODEL.")
     return list(found)
 
 
@@ -119,11 +120,9 @@ def load_judges(
     """The models among judges, ready to be asked; guards are loaded on `device` in `dtype`, and judge by `taxonomy` in place of their own categories.
 
     Raises:
-        ConfigError: as `asked`; a taxonomy and no guard. ChatError, ModelError: a guard that cannot be used.
+        ConfigError: as `asked`. ChatError, ModelError: a guard that cannot be used.
     """
-    names = asked(judges)
-    if taxonomy and not any(name.startswith("guard:") for name in names):
-        raise ConfigError("a taxonomy is for guards, and none judges.", "Add --judge guard:MODEL.")
+    names = asked(judges, taxonomy)
     return [
         load_guard(name, device=device, dtype=dtype, taxonomy=taxonomy or {})
         if name.startswith("guard:")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.chat import strip_thinking
+from trimtab.chat import strip_thinking, whole_reply
 from trimtab.evaluation.endpoint import Answer, Endpoint
 from trimtab.neuron.rating import first_object
 from trimtab.neuron.risk import fence
@@ -64,7 +64,7 @@ class LLMJudge:
         request = "\n\n".join(
             f"{turn['role']}: {turn['content']}" if len(turns) > 1 else str(turn["content"]) for turn in turns
         )
-        reply = row.get("prefill", "") + strip_thinking(str(row["reply"]))
+        reply = whole_reply(row)
         mark = fence(request + reply)
         task = RUBRIC if row["label"] == "harmful" else THREE_WAY
         words = f"The request:\n{mark}\n{request}\n{mark}\nThe reply:\n{mark}\n{reply}\n{mark}\n{task}"

@@ -100,10 +100,10 @@ def evaluate(
         key = digest(model.fingerprint, str(model.dtype), template_hash(model), speaker(model, guidance))
         machine = describe_machine(model.device)
         backends = {arm: local(model, who) for arm, who in arms.items()}
-    guards: dict[str, Any] = {"taxonomy": taxonomy}
+    where: dict[str, Any] = {}
     if isinstance(model, Model):
-        guards |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-    models = load_judges(judges, **guards)
+        where = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+    models = load_judges(judges, taxonomy=taxonomy, **where)
     folder, cost = create(Path(out)), Cost()
     loaded = _load(suites, attacks, limit)
     under = {suite.name: suite.attack for suite in loaded if suite.attack}

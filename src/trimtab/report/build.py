@@ -83,7 +83,7 @@ def section(run: Run, mark: str) -> dict[str, Any]:
         "training": _training(run),
         "rules": run.rules,
         "pairs": pairs(run.rows, run.arm),
-        "changed": changed(run.rows, run.arm),
+        "changed": changed(run.rows, run.arm) if run.judge == "keyword" else [],  # whose verdicts go with the rows
         "neuron": _neuron(run),
         "answers": list(_answers(run)),
         "kl": run.results.get("kl"),

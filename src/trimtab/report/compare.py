@@ -9,24 +9,22 @@ from trimtab.report.plots import Arm, Rate, rate, suites
 from trimtab.report.read import Run
 from trimtab.report.words import duration
 
+SMALL = 3  # categories with fewer rows say nothing by themselves
+
 
 def heat(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """A table for every suite and label that at least two columns share: a row a category, a column for each run, and one before them for each model as it was
-    untouched. `good` is what the colour of a high rate means."""
-    columns: dict[str, tuple[Arm, str]] = {}
-    for number, run in enumerate(runs, 1):
-        before, after = run.arms
-        if before and after:
-            columns.setdefault(f"untouched {run.results['model']}", (before, run.judge))
-        columns[str(number)] = (run.measured, run.judge)
-    columns = dict(
-        sorted(columns.items(), key=lambda column: column[0].isdigit())
-    )  # a stable sort: the untouched first
-    names = dict.fromkeys(name for arm, _ in columns.values() for name in suites(arm))
-    for suite in names:
+    """A table for every suite and label that at least two columns share: a row a category, a column for each run, and before them one for each model as it was
+    untouched, from the first run that measured it on that suite. `good` is what the colour of a high rate means."""
+    judge = shared_judge(runs)
+    for suite in dict.fromkeys(name for run in runs for name in suites(run.measured)):
+        columns: dict[str, Arm] = {}
+        for run in runs:
+            before, after = run.arms
+            if after and before and suite in suites(before):
+                columns.setdefault(f"untouched {run.results['model']}", before)
+        columns |= {str(number): run.measured for number, run in enumerate(runs, 1)}
         for label in ("harmful", "benign"):
-            cells = {name: _by_category(arm, suite, label, judge) for name, (arm, judge) in columns.items()}
-            cells = {name: found for name, found in cells.items() if found}
+            cells = {name: found for name, arm in columns.items() if (found := _by_category(arm, suite, label, judge))}
             categories = sorted({category for found in cells.values() for category in found})
             if len(cells) > 1 and len(categories) > 1:
                 yield {
@@ -36,6 +34,11 @@ def heat(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
                     "columns": list(cells),
                     "rows": [(name, [found.get(name) for found in cells.values()]) for name in categories],
                 }
+
+
+def shared_judge(runs: Sequence[Run]) -> str:
+    """The judge that all cells of a comparison are by: that of the first run that measured anything."""
+    return next((run.judge for run in runs if run.measured), "keyword")
 
 
 def costs(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -49,7 +52,7 @@ def costs(runs: Sequence[Run]) -> list[dict[str, Any]]:
             {
                 "trained": duration(trained["seconds"]) if trained else "",
                 "measured": duration(measured["seconds"]) if measured else "",
-                "memory": max((cost.get("peak_memory_gb", 0.0) for cost in (trained, measured)), default=0.0),
+                "memory": max(cost.get("peak_memory_gb", 0.0) for cost in (trained, measured)),
                 "judged": f"{read:,} + {written:,}" if judging else "",
                 "device": trained.get("device") or measured.get("device", ""),
             }
@@ -58,7 +61,11 @@ def costs(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _by_category(arm: Arm, suite: str, label: str, judge: str) -> dict[str, Rate]:
-    """Refusal rates of one suite and label, by category; those with a scored row."""
+    """Refusal rates of one suite and label, by category; those of a row or two together."""
     categories = suites(arm).get(suite, {}).get(label, {}).get("categories", {})
-    rates = {name: rate(arm, suite, label, "categories", name, judge) for name in categories}
-    return {name: found for name, found in rates.items() if found and found.n}
+    rates = {name: found for name in categories if (found := rate(arm, suite, label, "categories", name, judge))}
+    small = [name for name, found in rates.items() if found.n + found.unscored < SMALL]
+    if len(small) > 1:
+        counts = zip(*(rates.pop(name) for name in small), strict=True)
+        rates[f"{len(small)} small ones"] = Rate(*map(sum, counts))
+    return {name: found for name, found in rates.items() if found.n}

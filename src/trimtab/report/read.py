@@ -70,7 +70,8 @@ def read_run(folder: Path) -> Run:
 
     manifest = part(folder / "manifest.json", {})
     evaluation = folder / "eval" if manifest else folder
-    results = part(evaluation / "results.json", {}) | part(evaluation / "cost.json", {})
+    if results := part(evaluation / "results.json", {}):
+        results |= part(evaluation / "cost.json", {})
     if not manifest and not {"suites", "arm", "model"} <= set(results):
         raise RunError(
             f"{folder} is no finished run: it holds neither manifest.json nor results.json.",
