@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.chat import Message, Prompt, as_messages, render
+from trimtab.chat import Message, Prompt, as_messages, render, reply_ids
 from trimtab.decoding.engine import Ids, Row, banned_ids, by_length, common_length, forward, read
 from trimtab.decoding.sampling import chance
 from trimtab.models import Model, slot
@@ -122,8 +122,9 @@ def _piece(
     prefill: str,
     reply: str,
 ) -> _Piece:
-    before, whole = (voice(model, chat, prefill=words).ids for words in (prefill, prefill + reply))
-    # Where the reply changes how the words before it are tokenised, their last tokens count as the reply's.
+    before = voice(model, chat, prefill=prefill).ids
+    # A reply begins apart from its header, as the model would begin it. Behind words of its own it goes on: where it changes how these are tokenised, the last of them count as its own.
+    whole = voice(model, chat, prefill=prefill + reply).ids if prefill else before + reply_ids(model, reply)
     shared = common_length([before, whole])
     heard = expert.render(chat, prefill=prefill).ids if expert else ()
     return _Piece(whole[:shared], heard[: len(heard) - len(before) + shared], whole[shared:])
