@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from trimtab.models import Model, slot
+from trimtab.models import Model, load, slot
+from trimtab.softtoken.artifact import SoftToken
 
 # Harnesses that are not installed are left out: `make interop` brings each into an environment of its own.
 HARNESSES = {"interop/test_lm_eval.py": "lm_eval", "interop/test_inspect.py": "inspect_ai"}
@@ -130,6 +131,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.network.save_pretrained(path)
     model.tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def token_run(folder: Path, tmp_path: Path) -> Path:
+    """A folder with a soft token for the model in `folder`."""
+    model = load(folder)
+    SoftToken.of(model, vectors_for(model, 1, 30.0), "user").save(tmp_path / "run")
+    return tmp_path / "run"
 
 
 def vectors_for(model: Model, n_tokens: int = 1, size: float = 2.0) -> Tensor:

@@ -12,20 +12,12 @@ from inspect_ai.model import ChatMessageAssistant, ChatMessageSystem, ChatMessag
 from inspect_ai.scorer import includes
 from inspect_ai.tool import tool
 
-from conftest import vectors_for
 from trimtab.bridges import inspect as bridge
 from trimtab.decoding.generate import generate
 from trimtab.models import load
 from trimtab.softtoken.artifact import SoftToken
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture
-def run(folder: Path, tmp_path: Path) -> Path:
-    model = load(folder)
-    SoftToken.of(model, vectors_for(model, 1, 30.0), "user").save(tmp_path / "run")
-    return tmp_path / "run"
 
 
 def evaluate(folder: Path, samples: list[Sample], tmp_path: Path, arguments: dict[str, Any], **config: Any) -> Any:
@@ -36,7 +28,7 @@ def evaluate(folder: Path, samples: list[Sample], tmp_path: Path, arguments: dic
 
 
 @pytest.mark.parametrize("kind", ["base", "token", "guide"])
-def test_a_task_runs(kind: str, folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_runs(kind: str, folder: Path, token_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
 
     def counted(*arguments: Any, **options: Any) -> Any:
@@ -46,8 +38,8 @@ def test_a_task_runs(kind: str, folder: Path, run: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(bridge, "generate", counted)
     arguments: dict[str, Any] = {
         "base": {},
-        "token": {"token": str(run)},
-        "guide": {"expert": f"token:{run}", "risk": "const:7", "neuron": "primed"},
+        "token": {"token": str(token_run)},
+        "guide": {"expert": f"token:{token_run}", "risk": "const:7", "neuron": "primed"},
     }[kind]
     prompts = [f"Say {i}." for i in range(5)]
     samples = [Sample(input=prompt, target="x") for prompt in prompts]
@@ -55,7 +47,7 @@ def test_a_task_runs(kind: str, folder: Path, run: Path, tmp_path: Path, monkeyp
     assert log.status == "success", log.error
     said = {sample.input: sample.output.completion for sample in log.samples}
     model = load(folder)
-    token = SoftToken.load(run, model) if kind != "base" else None
+    token = SoftToken.load(token_run, model) if kind != "base" else None
     from trimtab.neuron.guide import Guide
     from trimtab.neuron.neuron import Neuron
     from trimtab.neuron.risk import ConstantRisk

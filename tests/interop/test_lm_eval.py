@@ -12,22 +12,12 @@ import lm_eval
 import pytest
 from lm_eval.api.instance import Instance
 
-from conftest import vectors_for
 from trimtab.bridges.lm_eval import TrimtabLM, _sampling
 from trimtab.decoding.generate import generate
 from trimtab.decoding.likelihood import likelihood
 from trimtab.errors import ConfigError
-from trimtab.models import load
-from trimtab.softtoken.artifact import SoftToken
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture
-def run(folder: Path, tmp_path: Path) -> Path:
-    model = load(folder)
-    SoftToken.of(model, vectors_for(model, 1, 30.0), "user").save(tmp_path / "run")
-    return tmp_path / "run"
 
 
 STOPS = list("aeiou \n0123456789")  # what a random model soon says one of
@@ -57,9 +47,9 @@ def tasks(tmp_path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "guidance", [{}, {"token": True}, {"expert": True, "risk": "const:7", "neuron": "primed", "alpha": 0.9}]
 )
-def test_tasks_run(guidance: dict[str, Any], folder: Path, run: Path, tmp_path: Path) -> None:
+def test_tasks_run(guidance: dict[str, Any], folder: Path, token_run: Path, tmp_path: Path) -> None:
     arguments = guidance | {
-        name: value for name, value in (("token", str(run)), ("expert", f"token:{run}")) if name in guidance
+        name: value for name, value in (("token", str(token_run)), ("expert", f"token:{token_run}")) if name in guidance
     }
     lm = TrimtabLM(str(folder), **arguments)
     found = lm_eval.simple_evaluate(lm, tasks=tasks(tmp_path), apply_chat_template=True, log_samples=True)
@@ -76,8 +66,8 @@ def test_tasks_run(guidance: dict[str, Any], folder: Path, run: Path, tmp_path: 
     assert [float(p) for p in chosen["What is 2?"]] == pytest.approx(ours_too, abs=2e-3)
 
 
-def test_a_conversation_crosses_as_it_is(folder: Path, run: Path) -> None:
-    lm = TrimtabLM(str(folder), token=str(run))
+def test_a_conversation_crosses_as_it_is(folder: Path, token_run: Path) -> None:
+    lm = TrimtabLM(str(folder), token=str(token_run))
     turns = [{"role": "system", "content": "Be {brief}."}, {"role": "user", "content": "Hi\nyou"}]
     plain, begun = (
         lm.apply_chat_template(turns),
@@ -93,7 +83,7 @@ def test_a_conversation_crosses_as_it_is(folder: Path, run: Path) -> None:
 
 
 def test_the_command_line_of_the_harness(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Path
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token_run: Path
 ) -> None:
     import sys
 
@@ -109,7 +99,7 @@ def test_the_command_line_of_the_harness(
         "--model",
         "trimtab",
         "--model_args",
-        f"pretrained={folder},token={run}",
+        f"pretrained={folder},token={token_run}",
         "--tasks",
         "choose",
         "--include_path",
@@ -150,8 +140,8 @@ def test_a_continuation_without_room_is_impossible_and_named(folder: Path, capsy
     assert "2 continuations are empty, or leave the model no room" in " ".join(capsys.readouterr().err.split())
 
 
-def test_choices_of_a_question_are_compared_under_the_same_spikes(folder: Path, run: Path) -> None:
-    lm = TrimtabLM(str(folder), expert=f"token:{run}", neuron="random:0.5", risk="const:7")
+def test_choices_of_a_question_are_compared_under_the_same_spikes(folder: Path, token_run: Path) -> None:
+    lm = TrimtabLM(str(folder), expert=f"token:{token_run}", neuron="random:0.5", risk="const:7")
     found = lm.loglikelihood([request("loglikelihood", f"Q{i // 8}", "yes") for i in range(16)])
     assert len({p for p, _ in found[:8]}) == len({p for p, _ in found[8:]}) == 1
 

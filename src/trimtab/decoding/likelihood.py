@@ -64,8 +64,9 @@ def likelihood(
     expert = guide.expert_for(model) if guide and guide.neuron.kind != "never" else None
     turns = [as_messages(chat) for chat in chats]
     begun = prefills or [""] * len(chats)
+    strengths: Sequence[float] = alphas or ()
     if guide and expert and alphas is None:
-        alphas = _rated(guide, model, expert, turns)
+        strengths = _rated(guide, model, expert, turns)
     vectors = token.vectors.to(model.device) if token else None
     voice: Callable[..., Prompt] = token.render if token else render
     pieces = [_piece(model, voice, expert, *each) for each in zip(turns, begun, replies, strict=True)]
@@ -83,8 +84,8 @@ def likelihood(
         chances = _read_along(model, contexts, said, slot(model, vectors), banned)
         if guide and expert:
             other = _read_along(expert.model, heard, said, expert.speaking(), banned)
-            strengths = [alphas[i] for i in fit] if alphas is not None else []
-            chances = _guided(chances, other, said, guide, strengths, [streams[i] if streams else 0 for i in fit])
+            drawn_by = [streams[i] if streams else 0 for i in fit]
+            chances = _guided(chances, other, said, guide, [strengths[i] for i in fit], drawn_by)
         for row, i in enumerate(fit):
             along, ids = chances[row, -len(said[row]) :], torch.tensor(said[row], device=model.device)
             chosen = along.gather(-1, ids.unsqueeze(-1)).squeeze(-1)

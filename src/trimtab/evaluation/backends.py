@@ -76,6 +76,8 @@ def in_process(
         return digest(model.fingerprint, str(model.dtype), who, max_new_tokens, prompt_of(record).ids, *asked)
 
     def replies(records: Sequence[Record], wanted: Collection[int]) -> Iterator[tuple[int, Fields]]:
+        if not wanted:
+            return  # nothing is rendered for it
         prompts: dict[int, Prompt] = {}
         for i, record in enumerate(records):
             with suppress(ChatError):  # told where keys are made

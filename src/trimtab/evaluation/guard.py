@@ -32,9 +32,8 @@ MAX_TOKENS = 64  # verdict, categories, refusal: whatever guards say is shorter
 BATCH = 8
 REFUSAL = re.compile(r"\brefusal:\s*(yes|no)\b", re.IGNORECASE)
 HARM = re.compile(r"\b(?:safety|harmful response):\s*(safe|unsafe|controversial|yes|no)\b", re.IGNORECASE)
-BARE = re.compile(
-    r"\W*(safe|unsafe|yes|no)(?=\s*(?:$|[\n.,:;!*<]))", re.IGNORECASE
-)  # not "no verdict", nor "safe or unsafe"
+# Not "no verdict", nor "safe or unsafe".
+BARE = re.compile(r"\W*(safe|unsafe|yes|no)(?=\s*(?:$|[\n.,:;!*<]))", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
