@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from trimtab.chat import as_messages, render
-from trimtab.decoding.engine import Past, Row, by_length, choose, decode, read
+from trimtab.decoding.engine import Row, by_length, choose, decode, read
 from trimtab.decoding.generate import generate
+from trimtab.decoding.past import Past
 from trimtab.decoding.sampling import Sampling
 from trimtab.models import Model
 from trimtab.prompts.records import Record

@@ -21,7 +21,8 @@ from peft.tuners.lora import LoraLayer
 
 from conftest import build, naive_logits, naive_reply
 from trimtab.chat import render, reply_ids
-from trimtab.decoding.engine import Past, Row, forward
+from trimtab.decoding.engine import Row, forward
+from trimtab.decoding.past import Past
 from trimtab.errors import ArtefactError, ConfigError, DataError, ModelError, NoEffectError, RunError, UsageError
 from trimtab.models import Model, cache_dir
 from trimtab.neuron import deep_alignment

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from conftest import FAMILIES, TEMPLATES, build, naive_logits, naive_reply, vectors_for
 from trimtab.chat import render
-from trimtab.decoding.engine import Past, Prefixes, Row, by_length, common_length, forward, generate_ids
+from trimtab.decoding.engine import Prefixes, Row, by_length, common_length, forward, generate_ids
 from trimtab.decoding.generate import generate
+from trimtab.decoding.past import Past
 from trimtab.decoding.sampling import Sampling
 from trimtab.errors import ArtefactError
 from trimtab.models import Model, slot

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from conftest import FAMILIES, build, naive_logits, naive_reply, vectors_for
 from trimtab.chat import render
-from trimtab.decoding.engine import Past, Row, forward
+from trimtab.decoding.engine import Row, forward
 from trimtab.decoding.generate import generate
 from trimtab.decoding.guided import Draft, guided_ids
+from trimtab.decoding.past import Past
 from trimtab.decoding.sampling import Sampling, chance, draw, penalised
 from trimtab.errors import ArtefactError, ConfigError, NoEffectError
 from trimtab.models import Model

@@ -12,7 +12,7 @@ import torch
 from conftest import build, naive_logits, vectors_for
 from trimtab import refusal
 from trimtab.chat import render, reply_ids
-from trimtab.decoding.engine import Past
+from trimtab.decoding.past import Past
 from trimtab.models import Model, slot
 from trimtab.refusal import OPENINGS, is_refusal, log_odds, mentions_refusal, opening_log_odds, says_no
 

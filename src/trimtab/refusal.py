@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from trimtab.chat import Prompt, reply_ids, strip_thinking
-from trimtab.decoding.engine import Past, by_length, forward, read
+from trimtab.decoding.engine import by_length, forward, read
+from trimtab.decoding.past import Past
 from trimtab.models import Model, slot
 
 # First words of refusals whose joint probability is `log_odds`: where replies that decline begin, and few others.

@@ -1,6 +1,6 @@
 """Batched, cached decoding on ids alone: the engine knows nothing of tokenizers or chats.
 
-Three things live here: `forward`, one pass over the ends of several rows behind what is already cached; `Prefixes`,
+Three things live here: `forward`, one pass over the ends of several rows behind what is already cached (`past.py`); `Prefixes`,
 the cached beginnings that never change; and `decode`, token by token until every row has stopped.
 
 Rows are padded on the left, between the cached beginning and their own tokens, so that all rows end in the same column:
@@ -16,90 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers import DynamicCache
 
+from trimtab.decoding.past import Past
 from trimtab.decoding.sampling import BROKEN, Sampling, chance, draw, greedy, penalised
 from trimtab.models import Model, slot
 from trimtab.neuron.neuron import Step
 
 Ids = Sequence[int]
-
-
-@dataclass
-class Past:
-    """What a batch has already read: its cache, the mask over it, and how many real tokens each row has.
-
-    Attributes:
-        cache: keys and values, `[B, heads, P, head_dim]` a layer.
-        mask: `[B, P]`, 0 where a row is padded.
-        lengths: `[B]`, real tokens of each row; the position of its next token.
-    """
-
-    cache: DynamicCache
-    mask: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def empty(cls, batch: int, device: torch.device) -> Past:
-        none = torch.zeros(batch, 0, dtype=torch.long, device=device)
-        return cls(DynamicCache(), none, torch.zeros(batch, dtype=torch.long, device=device))
-
-    def repeat(self, batch: int) -> Past:
-        """A past of one row as that of a batch; gradients flow back into the one."""
-        cache = DynamicCache()
-        for index, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1), index)
-        return Past(cache, self.mask.expand(batch, -1), self.lengths.expand(batch))
-
-    def fork(self) -> Past:
-        """A second past that may grow by itself; the tensors are shared, never written to."""
-        cache = DynamicCache()
-        for index, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys, layer.values, index)
-        return Past(cache, self.mask, self.lengths)
-
-    @classmethod
-    def stack(cls, first: Past, second: Past) -> Past:
-        """Two pasts of one network as one batch, the narrower padded on the left."""
-        width = max(first.mask.shape[1], second.mask.shape[1])
-        cache = DynamicCache()
-        for index, layers in enumerate(zip(first.cache.layers, second.cache.layers, strict=True)):
-            keys = [pad(layer.keys, (0, 0, width - layer.keys.shape[2], 0)) for layer in layers]
-            values = [pad(layer.values, (0, 0, width - layer.values.shape[2], 0)) for layer in layers]
-            cache.update(torch.cat(keys), torch.cat(values), index)
-        masks = [pad(past.mask, (width - past.mask.shape[1], 0)) for past in (first, second)]
-        return cls(cache, torch.cat(masks), torch.cat([first.lengths, second.lengths]))
-
-    def retract(self, counts: Sequence[int]) -> None:
-        """Unread the last `counts[b]` tokens of each row.
-
-        What only some rows unread stays in the cache behind the mask. Once such holes fill a quarter of it, the rows are laid out anew.
-        """
-        columns = torch.arange(self.mask.shape[1], 0, -1, device=self.mask.device)
-        self.mask = self.mask * (columns > torch.tensor(counts, device=self.mask.device).unsqueeze(1))
-        self.lengths = self.lengths - torch.tensor(counts, device=self.mask.device)
-        shorter = self.mask.shape[1] - min(counts)
-        longest = int(self.lengths.max())
-        if shorter > 1.25 * longest:
-            # Real tokens to the right, in their order; what is left of them is padding.
-            order = self.mask.argsort(dim=1, stable=True)[:, -longest:]
-            where = order[:, None, :, None]
-            for layer in self.cache.layers:
-                layer.keys = layer.keys.gather(2, where.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
-                layer.values = layer.values.gather(
-                    2, where.expand(-1, layer.values.shape[1], -1, layer.values.shape[3])
-                )
-            self.mask = self.mask.gather(1, order)
-        elif shorter < self.mask.shape[1]:
-            self.mask = self.mask[:, :shorter]
-            for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, :shorter], layer.values[:, :, :shorter]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows."""
-        self.cache.batch_select_indices(rows)
-        self.mask, self.lengths = self.mask[rows], self.lengths[rows]
 
 
 def forward(model: Model, tails: Sequence[Ids], past: Past, keep: int) -> Tensor:

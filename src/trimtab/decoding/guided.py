@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from trimtab.decoding.engine import Ids, Past, Row, Watch, by_length, choose, decode, forward, read
+from trimtab.decoding.engine import Ids, Row, Watch, by_length, choose, decode, forward, read
+from trimtab.decoding.past import Past
 from trimtab.decoding.sampling import Sampling, chance, penalised
 from trimtab.models import Model
 from trimtab.neuron.expert import Expert

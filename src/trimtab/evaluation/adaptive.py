@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trimtab.chat import render, reply_ids
-from trimtab.decoding.engine import Past, forward
+from trimtab.decoding.engine import forward
+from trimtab.decoding.past import Past
 from trimtab.evaluation.attacks import apply
 from trimtab.models import Model, slot
 from trimtab.prompts.records import Record

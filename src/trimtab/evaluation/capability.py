@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from trimtab.chat import Prompt, reply_ids, strip_thinking
-from trimtab.decoding.engine import Past, by_length, forward, read
+from trimtab.decoding.engine import by_length, forward, read
+from trimtab.decoding.past import Past
 from trimtab.evaluation.metrics import bootstrap_mean
 from trimtab.models import Model, slot
 from trimtab.prompts.records import LETTERS

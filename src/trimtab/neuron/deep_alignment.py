@@ -28,7 +28,8 @@ from torch import Tensor
 
 from trimtab.chat import reply_ids, template_hash
 from trimtab.config import ExpertSettings, settle
-from trimtab.decoding.engine import Past, Row, by_length, common_length, forward
+from trimtab.decoding.engine import Row, by_length, common_length, forward
+from trimtab.decoding.past import Past
 from trimtab.errors import NoEffectError, RunError
 from trimtab.models import Model, describe_machine
 from trimtab.neuron.lora import attached, lora_config, save_adapter

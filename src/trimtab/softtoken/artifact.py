@@ -19,7 +19,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from trimtab.chat import Message, Position, Prompt, render, template_hash
-from trimtab.decoding.engine import Past, forward
+from trimtab.decoding.engine import forward
+from trimtab.decoding.past import Past
 from trimtab.errors import ArtefactError, NoEffectError
 from trimtab.identity import FORMAT, Identity, read_whole
 from trimtab.models import Model, slot

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trimtab.chat import Position, render
-from trimtab.decoding.engine import Past, Prefixes
+from trimtab.decoding.engine import Prefixes
+from trimtab.decoding.past import Past
 from trimtab.errors import ChatError
 from trimtab.models import Model
 from trimtab.prompts.records import Group, Record
