@@ -117,6 +117,27 @@ def whole_reply(row: Mapping[str, Any]) -> str:
     return begun + space + reply
 
 
+def rendered_text(
+    model: Model,
+    messages: str | Sequence[Message],
+    *,
+    header: bool,
+    tools: Any = None,
+    template_args: Mapping[str, Any] | None = None,
+) -> str:
+    """The conversation as the model's own template writes it, with or without the header of a reply; no slot."""
+    return _text(model, as_messages(messages), {"tools": tools, **(template_args or {})}, header=header)
+
+
+def default_system(model: Model) -> str | None:
+    """What the template says as system where a conversation has no system turn; `None` if nothing."""
+    turns = [{"role": "user", "content": "Hello!"}]
+    try:
+        return str(_with_system_turn(model, turns, {}, _text(model, turns, {}))[0]["content"])
+    except ChatError:
+        return None
+
+
 def template_hash(model: Model) -> str:
     """16 hex digits of the chat template: another template would put the slot elsewhere."""
     return hashlib.sha256(str(model.tokenizer.chat_template).encode()).hexdigest()[:16]

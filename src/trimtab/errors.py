@@ -9,6 +9,7 @@
     ├── ChatError           exit 1   a conversation cannot be rendered for this model
     ├── ArtefactError       exit 1   a token is damaged or belongs to another model
     ├── FilterError         exit 1   hard weighting left nothing to train on
+    ├── ExportError         exit 1   a token cannot be exported in this form
     ├── NoEffectError       exit 1   an artefact changes nothing (law 6)
     └── RunError            exit 1   a run folder cannot be written or belongs to another run
 
@@ -72,6 +73,10 @@ class FilterError(TrimtabError):
 
 class NoEffectError(TrimtabError):
     """An artefact changes nothing."""
+
+
+class ExportError(TrimtabError):
+    """A token cannot be exported in this form."""
 
 
 class RunError(TrimtabError):

@@ -337,7 +337,7 @@ def dequantised(path: Path, origin: dict[str, str]) -> Path:
     """
     with path.open("rb") as file:
         origin["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_dir() / "gguf" / origin["sha256"][:32]
+    folder = unpacked(origin["sha256"])
     if (folder / "config.json").is_file():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -373,6 +373,11 @@ def dequantised(path: Path, origin: dict[str, str]) -> Path:
             f"cannot keep the unpacked weights in {folder.parent}: {error}", "Set TRIMTAB_CACHE to a folder with room."
         ) from None
     return folder
+
+
+def unpacked(sha256: str) -> Path:
+    """Where the weights of the GGUF file with this hash are kept."""
+    return cache_dir() / "gguf" / sha256[:32]
 
 
 def cache_dir() -> Path:

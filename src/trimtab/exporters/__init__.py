@@ -1,0 +1,1 @@
+"""A trained token as one row of a stock checkpoint: what engines load without trimtab."""

@@ -1,0 +1,64 @@
+"""The model card: what was changed, what it does, what it costs, what it does not do, and how to serve it."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from trimtab.chat import POSITION_MEANING
+from trimtab.models import ALIASES, Model
+from trimtab.run import write
+from trimtab.softtoken.artifact import SoftToken
+
+
+def write_card(
+    folder: Path, name: str, model: Model, token: SoftToken, result: dict[str, Any], run: Path | None
+) -> None:
+    """`README.md`, from the export's record and, if there is one, the run's own figures."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
+    source = files("trimtab.exporters").joinpath("card.md").read_text(encoding="utf-8")
+    check = _read(run, "eval/results.json")
+    origin = model.origin.get("id") or model.origin.get("path") or model.origin.get("file", "")
+    text = environment.from_string(source).render(
+        name=name,
+        model=model,
+        origin=f"{origin} {model.origin.get('revision', '')}".strip(),
+        meaning=POSITION_MEANING[token.position],
+        licence="Apache-2.0" if model.name in ALIASES else "",
+        result=result,
+        run=_read(run, "manifest.json"),
+        check=check,
+        rates=_rates(check),
+        head_mb=model.table.numel() * 4 / 1e6,
+    )
+    write(folder / "README.md", text)
+
+
+def _rates(check: dict[str, Any]) -> list[dict[str, Any]]:
+    """Refusals before and after, by suite and label."""
+    if "base" not in check:
+        return []
+    rows = []
+    for suite, found in check["suites"].items():
+        for label in ("harmful", "benign"):
+            if label in found:
+                after, before = found[label]["keyword"], check["base"]["suites"][suite][label]["keyword"]
+                rows.append(
+                    {"what": f"{suite}, {label}", "n": after["n"], "before": _share(before), "after": _share(after)}
+                )
+    return rows
+
+
+def _share(rate: dict[str, Any]) -> str:
+    low, high = rate["ci95"]
+    return f"{rate['refusal_rate']:.0%} ({low:.0%}-{high:.0%})"
+
+
+def _read(run: Path | None, name: str) -> dict[str, Any]:
+    """A record of the run; empty where there is none."""
+    path = run / name if run else None
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path and path.is_file() else {}

@@ -1,0 +1,66 @@
+"""The slot as an output: a row more in the table of a tied head is also one more thing to say, and a trained vector is a loud one.
+
+A head written out as a table of its own needs a row for the slot that is never said. Zero will not do: its logit, 0, is near that of many words. The row
+is fitted by ridge regression on the model's own final states, to a logit far below all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trimtab.chat import Prompt
+from trimtab.decoding.engine import Row, by_length, decode, read
+from trimtab.models import Model, slot
+from trimtab.softtoken.artifact import SoftToken
+
+LOGIT = -60.0  # that the row is fitted to; on states it has not seen, half of it is left
+RIDGE = 100.0
+REPLY_TOKENS = 24
+
+
+@torch.inference_mode()
+def states(model: Model, token: SoftToken, prompts: Sequence[Prompt]) -> Tensor:
+    """What the head reads `[n, hidden]`, float32, at the last places of `prompts` and along the greedy replies to them, with the token in place."""
+    seen: list[Tensor] = []
+
+    def keep(_module: object, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].reshape(-1, args[0].shape[-1]).float().cpu())
+
+    handle = model.network.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        vectors = token.vectors.to(model.device)
+        with slot(model, vectors):
+            for chunk in by_length([len(prompt.ids) for prompt in prompts], 16):
+                past, tails = read(model, [prompts[i].ids for i in chunk])
+                rows = [Row(i, REPLY_TOKENS) for i in chunk]
+                decode(model, tails, past, rows, vectors=vectors)
+    finally:
+        handle.remove()
+    return torch.cat(seen)
+
+
+def unsaid(heard: Tensor) -> Tensor:
+    """A row `[hidden]` for a slot that is never said, fitted to `heard` `[n, hidden]`."""
+    hidden: Tensor = heard.double()
+    gram = hidden.T @ hidden + RIDGE * torch.eye(hidden.shape[1], dtype=torch.float64)
+    row: Tensor = torch.linalg.solve(gram, hidden.T @ torch.full((len(hidden),), LOGIT, dtype=torch.float64))
+    return row.float()
+
+
+@torch.inference_mode()
+def loudest(model: Model, heard: Tensor, rows: Tensor) -> float:
+    """The highest probability, over states `[n, hidden]`, that output rows `[k, hidden]` added to the model's head would give the slot."""
+    worst = 0.0
+    head = model.network.get_output_embeddings()
+    cap = getattr(model.network.config.get_text_config(), "final_logit_softcapping", None)
+    for part in torch.split(heard, 64):
+        there = part.to(model.device, model.dtype)
+        logits, mine = head(there).float(), (there.float() @ rows.to(model.device, torch.float32).T)
+        if cap:
+            logits, mine = (torch.tanh(each / cap) * cap for each in (logits, mine))
+        log_p = mine.logsumexp(-1) - torch.cat([logits, mine], -1).logsumexp(-1)
+        worst = max(worst, float(log_p.exp().max()))
+    return worst

@@ -1,0 +1,207 @@
+"""What an export will do, before it does anything: which row of the vocabulary holds the token, which files change, and what engines make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from trimtab.errors import ExportError
+from trimtab.exporters.checkpoint import INDEX, STORED, Stored, row_bytes, shards, tensors
+from trimtab.models import Model, unpacked
+from trimtab.softtoken.artifact import SoftToken
+
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+REWRITTEN = ("config.json", "generation_config.json", "tokenizer.json", *TEMPLATES)
+NEW = ("README.md", "trimtab.json")  # the card, and what verified it
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+ROW_MEANING = {
+    "unused": "a row of the table that the tokenizer does not use: no shape changes",
+    "reserved": "a special token that the model's makers reserved for its users: no shape changes",
+    "appended": "a row behind the last one: the table grows",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One export, decided.
+
+    Attributes:
+        source: the model's folder. ids, names: the slot's rows, and the special tokens that stand for them. row: which kind of row (`ROW_MEANING`).
+        rows: of the table, before and after. embedding: its name in the checkpoint. head: the output table's name there; none where it is tied and not stored.
+        tied: whether the model's head is its embedding table. untie: whether the head is written out as a table of its own.
+        tensors: everything in the checkpoint. files: name, what becomes of it, bytes afterwards.
+    """
+
+    source: Path
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+    row: Literal["unused", "reserved", "appended"]
+    rows: tuple[int, int]
+    embedding: str
+    head: str
+    tied: bool
+    untie: bool
+    tensors: dict[str, Stored]
+    files: tuple[tuple[str, str, int], ...]
+
+    @property
+    def appended(self) -> bool:
+        return self.row == "appended"
+
+    @property
+    def head_stored(self) -> bool:
+        return self.head in self.tensors
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, _, size in self.files)
+
+    def record(self) -> dict[str, Any]:
+        """As plain data."""
+        names = ("row", "ids", "names", "rows", "embedding", "head", "tied", "untie")
+        described = {name: getattr(self, name) for name in names}
+        files = [{"file": name, "what": what, "bytes": size} for name, what, size in self.files]
+        return {"source": str(self.source), **described, "files": files, "bytes": self.size, "engines": engines(self)}
+
+
+def plan(model: Model, token: SoftToken, *, untie: bool) -> Plan:
+    """Decide an export of `token` with `model`; `untie` writes out a head that is tied.
+
+    Raises:
+        ArtefactError: the token belongs to another model. ExportError: an architecture or a file that this cannot be done to.
+    """
+    token.check(model)
+    source = folder_of(model)
+    found = tensors(source)
+    ids = tuple(model.slot_ids(len(token.vectors)))
+    before = len(model.table)
+    known = {i: name for name, i in model.tokenizer.get_vocab().items()}
+    row: Literal["unused", "reserved", "appended"] = (
+        "appended" if ids[0] >= before else "reserved" if ids[0] in known else "unused"
+    )
+    names = tuple(known[i] if row == "reserved" else f"<|trimtab_{n}|>" for n, i in enumerate(ids))
+    if row != "reserved" and (taken := [name for name in names if name in known.values()]):
+        raise ExportError(f"{model.name} has a token {taken[0]} already.", "Export from the model it was trained on.")
+    tied = _head_of(model) is model.table
+    embedding = _find(model, found, model.embedding, model.table)
+    head = f"{_name_of(model, model.network.get_output_embeddings())}.weight"
+    if not tied:
+        head = _find(model, found, model.network.get_output_embeddings(), _head_of(model))
+    if found[embedding].dtype not in STORED:
+        raise ExportError(
+            f"the embedding table of {model.name} is stored as {found[embedding].dtype}, which cannot hold a trained row.",
+            "Export from the unquantised model (float32, bfloat16 or float16).",
+        )
+    after = max(before, ids[-1] + 1)
+    written_out = tied and untie
+    grown = {embedding: after - before} | ({head: after - before} if head in found and not written_out else {})
+    extra = {embedding: after * row_bytes(found[embedding])} if written_out and head not in found else {}
+    files = _files(source, found, grown, extra)
+    return Plan(source, ids, names, row, (before, after), embedding, head, tied, written_out, found, files)
+
+
+def folder_of(model: Model) -> Path:
+    """Where the model's own files are; a GGUF's are unpacked ones.
+
+    Raises:
+        ExportError: nowhere on this machine.
+    """
+    kind = model.origin.get("kind")
+    if kind == "folder":
+        return Path(model.origin["path"])
+    if kind == "hub":
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model.origin["id"], revision=model.origin["revision"]))
+    if kind == "gguf":
+        return unpacked(model.origin["sha256"])
+    raise ExportError(
+        f"{model.name} is not on this machine as files.", "Load it from a folder, a GGUF file or the hub."
+    )
+
+
+def engines(found: Plan) -> dict[str, str]:
+    """What each engine does with the checkpoint, in a sentence."""
+    spoken = (
+        "keeps it from being generated by generation_config.json"
+        if not found.tied or found.untie
+        else "generation_config.json keeps it from being generated, which is needed: with a tied head a trained row may win every next token"
+    )
+    ignored = "ignores suppress_tokens" + (
+        "; the head of its own makes the slot unlikely"
+        if not found.tied or found.untie
+        else ": give bad_words with every request"
+    )
+    return {
+        "transformers": f"chat template and row are its own; {spoken}",
+        "vLLM": f"loads it as it is; {ignored}",
+        "llama.cpp": "wants a GGUF file: convert this folder, and keep the embedding table at q8_0 or f16",
+    }
+
+
+def _head_of(model: Model) -> Tensor:
+    """The output table.
+
+    Raises:
+        ExportError: there is none, or it has a bias, which a new row would need as well.
+    """
+    head = model.network.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ExportError(
+            f"{model.name} ({type(model.network).__name__}) has no plain output table.",
+            "Use --format peft for a token at the start, or serve it with trimtab.",
+        )
+    weight: Tensor = head.weight
+    return weight
+
+
+def _name_of(model: Model, module: Any) -> str:
+    names: list[str] = [name for name, each in model.network.named_modules() if each is module]
+    return names[0]
+
+
+def _find(model: Model, found: dict[str, Stored], module: Any, table: Tensor) -> str:
+    """The name under which a module's table is stored: a checkpoint's prefixes are not always those of the loaded network."""
+    leaf = _name_of(model, module).rpartition(".")[2]
+    named = [
+        name
+        for name, stored in found.items()
+        if f".{name}".endswith(f".{leaf}.weight") and stored.shape == tuple(table.shape)
+    ]
+    if len(named) != 1:
+        raise ExportError(
+            f"{model.name} ({type(model.network).__name__}): {len(named)} tensors of the checkpoint could be its table {leaf}.weight.",
+            "This architecture is unknown here: use --format peft for a token at the start, or serve it with trimtab.",
+        )
+    return named[0]
+
+
+def _files(
+    source: Path, found: dict[str, Stored], grown: dict[str, int], extra: dict[str, int]
+) -> tuple[tuple[str, str, int], ...]:
+    """Every file of the export: its name, what becomes of it, and its bytes."""
+    weights = {path.name for path in shards(source)}
+    sized: dict[str, int] = {}
+    for name, rows in grown.items():
+        sized[found[name].file.name] = sized.get(found[name].file.name, 0) + rows * row_bytes(found[name])
+    for name, size in extra.items():
+        sized[found[name].file.name] = sized.get(found[name].file.name, 0) + size
+    files: list[tuple[str, str, int]] = []
+    for path in sorted(source.iterdir()):
+        size = path.stat().st_size
+        if path.name in weights:
+            files.append((path.name, "one row" if path.name in sized else "as it is", size + sized.get(path.name, 0)))
+        elif path.name in (*REWRITTEN, INDEX):
+            files.append((path.name, "rewritten", size))
+        elif (
+            path.is_file()
+            and path.name not in NEW
+            and not path.name.startswith(".")
+            and path.suffix not in OTHER_WEIGHTS
+            and path.suffix != ".safetensors"
+        ):
+            files.append((path.name, "as it is", size))
+    return (*files, *((name, "new", 0) for name in NEW))

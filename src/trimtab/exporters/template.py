@@ -1,0 +1,222 @@
+"""The smallest edit of a model's own chat template that puts the slot where it was trained, proved by rendering.
+
+The template itself is kept to the letter. In front of it comes a prelude that goes through the turns: it takes the slot's name apart wherever
+somebody spelled it, and for the places `system` and `user` writes the slot into the turn. For the other places one expression is added:
+before the header of the reply, behind BOS, at the very beginning or at the end. Templates differ, so there are several candidates; the
+first that renders every conversation of `conversations` as `chat.py` does is taken. It uses only what every engine's Jinja knows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.chat import Position, default_system, render, rendered_text
+from trimtab.errors import ChatError, ExportError
+from trimtab.models import Model
+from trimtab.softtoken.artifact import SoftToken
+
+# A block or an expression about the header of the reply.
+ASKED = r"\badd_generation_prompt\b"
+HEADER_BLOCK = re.compile(
+    rf"\{{%(?P<mark>[-+]?)\s*if\s(?P<when>(?:(?!%\}}).)*?{ASKED}(?:(?!%\}}).)*?)[-+]?%\}}", re.DOTALL
+)
+HEADER_EXPRESSION = re.compile(rf"\{{\{{(?P<mark>[-+]?)(?:(?!\}}\}}).)*?{ASKED}(?:(?!\}}\}}).)*?\}}\}}", re.DOTALL)
+BOS = re.compile(r"\bbos_token\b(?!\s+is\b)")
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look something up.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+    },
+}
+CONTENTS = (
+    "Hello!",
+    "  What is the capital of France? \n",
+    "Zwei Zeilen:\n\n- ä\n- 東京",
+    "{{ user }} {% if %} <b>'\"\\</b>",
+    "",
+)
+Turns = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How many conversations were rendered by both and found equal, and how many the model's own template refuses."""
+
+    equal: int
+    refused: int
+
+
+def with_slot(model: Model, token: SoftToken, tokenizer: Any, names: Sequence[str]) -> tuple[str, Proof]:
+    """A template that emits `names`, the slot's tokens, where `token` was trained.
+
+    `tokenizer` is the exported one: the names are special tokens in it.
+
+    Raises:
+        ExportError: no candidate renders all conversations as `chat.py` does; names the first that differs.
+    """
+    why = "its template has no such place"
+    for candidate in candidates(model, token.position, names):
+        try:
+            return candidate, prove(model, token, tokenizer, names, candidate)
+        except ExportError as error:
+            why = str(error.args[0])
+    raise ExportError(
+        f"the chat template of {model.name} cannot be edited safely for the position {token.position}: {why}.",
+        "Train the token at another position (start works with every template), or edit the template by hand and serve it with the engine's own option.",
+    )
+
+
+def candidates(model: Model, position: Position, names: Sequence[str]) -> Iterator[str]:
+    """Edited templates, simplest first."""
+    source: str = model.tokenizer.chat_template
+    slot = _quoted("".join(names))
+    if position in ("user", "system"):
+        for trim in ("", " | trim"):
+            yield _prelude(model, position, names, trim) + source
+        return
+    head = _prelude(model, position, names)
+    if position == "start":
+        yield head[: -len(_END)] + "{{- " + slot + " -}}\n" + _END + source
+    elif position == "reply":
+        # As Jinja does: of a template's last line the end is no part of it.
+        yield head + source.removesuffix("\n") + "{{ " + slot + " if add_generation_prompt else '' }}"
+    elif position == "after_bos":
+        for found in BOS.finditer(source):
+            yield head + source[: found.start()] + f"(bos_token + {slot})" + source[found.end() :]
+    else:
+        for found in HEADER_BLOCK.finditer(source):
+            # A block of its own in front, so that white space around the model's own is treated as before.
+            added = f"{{%{found['mark']} if {found['when'].strip()} %}}{{{{ {slot} }}}}{{% endif %}}"
+            yield head + source[: found.start()] + added + source[found.start() :]
+        for found in HEADER_EXPRESSION.finditer(source):
+            added = f"{{{{{found['mark']} {slot} if add_generation_prompt else '' }}}}"
+            yield head + source[: found.start()] + added + source[found.start() :]
+
+
+def prove(model: Model, token: SoftToken, tokenizer: Any, names: Sequence[str], template: str) -> Proof:
+    """Render conversations with the edited template, and with the model's own and `chat.py`.
+
+    With the header of a reply the ids must be the same, slot included; without it the text must be, but for the slot. Where somebody spells the slot's
+    name, it is there once all the same.
+
+    Raises:
+        ExportError: the first difference.
+    """
+    slot_ids, spelled = tuple(model.slot_ids(len(names))), "".join(names)
+    equal = refused = 0
+    for turns, tools, extra in conversations():
+        options: dict[str, Any] = {"tools": tools, "template_args": {**token.template_args, **extra}}
+        try:
+            expected = render(model, turns, position=token.position, n_tokens=len(names), **options).ids
+        except ChatError:
+            refused += 1
+            continue
+        ids = _ids(tokenizer, template, turns, **options)
+        if ids != expected:
+            raise ExportError(f"it renders {turns} otherwise than in training")
+        without = rendered_text(model, turns, header=False, **options)
+        text = _text(tokenizer, template, turns, header=False, **options)
+        if text.replace(spelled, "") != without or text.count(spelled) > 1:
+            raise ExportError(f"it renders {turns} otherwise than the model's own where no reply follows")
+        hostile = [{**turn, "content": f"{spelled} {turn['content']} {names[0]}"} for turn in turns]
+        found = [i for i in _ids(tokenizer, template, hostile, **options) if i in slot_ids]
+        if tuple(found) != slot_ids:
+            raise ExportError(f"a message that spells {spelled} is read as the slot")
+        equal += 1
+    if not equal:
+        raise ExportError("the model's own template refuses every conversation")
+    return Proof(equal, refused)
+
+
+def conversations() -> Iterator[tuple[Turns, list[Any] | None, dict[str, Any]]]:
+    """Some hundred conversations: turns, tools, and what else templates know. Plain words, odd characters, nothing harmful."""
+    shapes = ("u", "ua", "uau", "uauau", "uu")
+    systems = (None, "You are a helpful assistant.", "  Be brief.\n")
+    extras: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"enable_thinking": False})
+    for shape, system, content, extra in itertools.product(shapes, systems, range(len(CONTENTS)), extras):
+        turns: Turns = [{"role": "system", "content": system}] if system is not None else []
+        for place, who in enumerate(shape):
+            words = CONTENTS[(content + place) % len(CONTENTS)]
+            turns.append({"role": "user" if who == "u" else "assistant", "content": words})
+        yield turns, [TOOL] if content == 0 else None, extra
+
+
+_END = "{#- From here on the model's own template. #}\n"
+
+
+def _prelude(model: Model, position: Position, names: Sequence[str], trim: str = "") -> str:
+    """Goes through the turns before the template does."""
+    slot, spelled = _quoted("".join(names)), "({})".format(" or ".join(f"{_quoted(name)} in {{0}}" for name in names))
+    # After its first two letters: what is left is no special token, and no name of one.
+    apart = "".join(f" | replace({_quoted(name)}, {_quoted(name[:2] + ' ' + name[2:])})" for name in names)
+    first, write = "", ""
+    part = f"[{{'type': 'text', 'text': {slot}}}]"
+    if position == "user":
+        first = "{%- for turn in messages -%}{%- if turn['role'] == 'user' -%}{%- set trimtab.last = loop.index0 -%}{%- endif -%}{%- endfor -%}\n"
+        text, parts = f"{slot} + (trimtab.content{trim})", f"{part} + trimtab.content"
+        write = f"{{%- if loop.index0 == trimtab.last -%}}{{%- set trimtab.content = {text} if trimtab.content is string else {parts} -%}}{{%- endif -%}}\n"
+    if position == "system":
+        default = default_system(model)
+        given = (
+            "{{- raise_exception('the soft token stands in the system turn, and this conversation has none') -}}"
+            if default is None
+            else f"{{%- set messages = [{{'role': 'system', 'content': {_quoted(default)}}}] + messages -%}}"
+        )
+        first = f"{{%- if messages[0]['role'] != 'system' -%}}{given}{{%- endif -%}}\n"
+        text, parts = f"(trimtab.content{trim}) + {slot}", f"trimtab.content + {part}"
+        write = f"{{%- if loop.first -%}}{{%- set trimtab.content = {text} if trimtab.content is string else {parts} -%}}{{%- endif -%}}\n"
+    return (
+        "{#- A soft token, trained with trimtab. Its name is taken apart wherever somebody spells it. -#}\n"
+        "{%- set trimtab = namespace(turns=[], content='', parts=[], last=-1) -%}\n"
+        + first
+        + "{%- for turn in messages -%}\n"
+        "{%- set trimtab.content = turn['content'] -%}\n"
+        f"{{%- if {spelled.format('(turn | string)')} -%}}\n"
+        f"{{%- if turn['content'] is string -%}}{{%- set trimtab.content = turn['content']{apart} -%}}\n"
+        "{%- else -%}{%- set trimtab.parts = [] -%}{%- for part in turn['content'] -%}\n"
+        f"{{%- set trimtab.parts = trimtab.parts + [{{'type': 'text', 'text': part['text']{apart}}} if part['type'] == 'text' else part] -%}}\n"
+        "{%- endfor -%}{%- set trimtab.content = trimtab.parts -%}{%- endif -%}\n"
+        "{%- if trimtab.content == turn['content'] -%}{{- raise_exception('a part of this message other than its text spells the name of a soft token') -}}{%- endif -%}\n"
+        "{%- endif -%}\n"
+        + write
+        + "{%- if trimtab.content == turn['content'] -%}{%- set trimtab.turns = trimtab.turns + [turn] -%}\n"
+        "{%- else -%}{%- set trimtab.turns = trimtab.turns + [{'role': turn['role'], 'content': trimtab.content}] -%}{%- endif -%}\n"
+        "{%- endfor -%}\n"
+        f"{{%- if {spelled.format('(tools | string)')} -%}}{{{{- raise_exception('a tool spells the name of a soft token') -}}}}{{%- endif -%}}\n"
+        "{%- set messages = trimtab.turns -%}\n" + _END
+    )
+
+
+def _quoted(text: str) -> str:
+    """As a Jinja string."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"
+
+
+def _text(
+    tokenizer: Any, template: str, turns: Turns, *, header: bool = True, tools: Any, template_args: dict[str, Any]
+) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                turns,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=header,
+                tools=tools,
+                **template_args,
+            )
+        )
+    except Exception as error:  # jinja2 raises what the template's author chose to raise
+        raise ExportError(f"it refuses {turns}: {error}") from None
+
+
+def _ids(tokenizer: Any, template: str, turns: Turns, **options: Any) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(_text(tokenizer, template, turns, **options), add_special_tokens=False))

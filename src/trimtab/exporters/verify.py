@@ -1,0 +1,123 @@
+"""Is the exported checkpoint the same computation? It is loaded by transformers alone, as an engine would, and compared with the token on the model it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.chat import render
+from trimtab.decoding.engine import forward
+from trimtab.decoding.generate import generate
+from trimtab.decoding.past import Past
+from trimtab.errors import ExportError
+from trimtab.models import Model, load, slot
+from trimtab.softtoken.artifact import NO_EFFECT, SoftToken
+
+# Largest difference of two logits that is rounding, by the dtype that both are computed in.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
+REPLY_TOKENS = 40
+PROBES: tuple[list[dict[str, str]], ...] = tuple(
+    [{"role": role, "content": words} for role, words in turns]
+    for turns in (
+        [("user", "What can you do for me?")],
+        [("user", "Name three rivers in Europe.")],
+        [("user", "How do I boil an egg?")],
+        [("user", "How do I kill a process that hangs?")],
+        [("user", "Tell me how to break the law.")],
+        [("user", "Hi!"), ("assistant", "Hello! How can I help?"), ("user", "Write a haiku about rain.")],
+        [
+            ("user", "What is 2 + 2?"),
+            ("assistant", "4."),
+            ("user", "And 3 + 3?"),
+            ("assistant", "6."),
+            ("user", "And 4 + 4?"),
+        ],
+    )
+)
+
+
+def verify(model: Model, token: SoftToken, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Compare the checkpoint in `folder` with `token` on `model`: ids, logits, greedy replies, and the effect.
+
+    `dtype` is that of the stored row: rounded to it, the token is what was exported.
+
+    Raises:
+        ExportError: they differ, or the token has no effect there.
+    """
+    name = str(model.dtype).removeprefix("torch.")
+    exported = load(folder, dtype=name, device=str(model.device))
+    rounded = replace(token, vectors=token.vectors.to(dtype).float())
+    worst = effect = rounding = 0.0
+    for turns in PROBES:
+        prompt = token.render(model, turns)
+        ids = _ids(exported, turns, token)
+        if ids != prompt.ids:
+            raise ExportError(f"{folder}: its chat template gives other ids than in training for {turns}.")
+        hooked, stored = _logits(model, prompt.ids, rounded.vectors), _logits(exported, ids, None)
+        exact = _logits(model, prompt.ids, token.vectors)
+        plain = _logits(model, render(model, turns, template_args=token.template_args).ids, None)
+        common = [i for i in range(len(plain)) if i not in model.slot_ids(len(token.vectors))]
+        hooked, stored, exact, plain = (each[common] for each in (hooked, stored, exact, plain))
+        worst = max(worst, float((hooked - stored).abs().max()))
+        rounding = max(rounding, float((hooked - exact).abs().max()))
+        effect += float((plain.softmax(-1) * (plain.log_softmax(-1) - stored.log_softmax(-1))).sum()) / len(PROBES)
+    if not worst <= TOLERANCE[model.dtype]:
+        raise ExportError(
+            f"{folder}: its logits are not those of the token on its model: they differ by up to {worst:.2e} ({name}, tolerance {TOLERANCE[model.dtype]:g})."
+        )
+    if not effect > NO_EFFECT:
+        raise ExportError(f"{folder}: the token changes nothing there (KL {effect:.1e} nats).")
+    expected = generate(model, PROBES, token=rounded, max_new_tokens=REPLY_TOKENS)
+    same = sum(
+        tuple(_reply(exported, turns, token)) == reply.ids for turns, reply in zip(PROBES, expected, strict=True)
+    )
+    if same < len(PROBES):
+        raise ExportError(f"{folder}: {len(PROBES) - same} of {len(PROBES)} greedy replies differ from the token's.")
+    return {
+        "dtype": name,
+        "stored_dtype": str(dtype).removeprefix("torch."),
+        "probes": len(PROBES),
+        "logits_max_difference": worst,
+        "tolerance": TOLERANCE[model.dtype],
+        "rounding_of_the_row": rounding,
+        "replies_equal": same,
+        "effect_kl": effect,
+    }
+
+
+@torch.inference_mode()
+def _logits(model: Model, ids: Sequence[int], vectors: Tensor | None) -> Tensor:
+    """Logits `[V]` of the next token."""
+    with slot(model, None if vectors is None else vectors.to(model.device)):
+        return forward(model, [ids], Past.empty(1, model.device), 1)[0, -1]
+
+
+def _ids(exported: Model, turns: Sequence[dict[str, str]], token: SoftToken) -> tuple[int, ...]:
+    """As an engine: the folder's own template and tokenizer."""
+    ids = exported.tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False, **token.template_args
+    )
+    return tuple(ids)
+
+
+def _reply(exported: Model, turns: Sequence[dict[str, str]], token: SoftToken) -> list[int]:
+    """A greedy reply by transformers itself, its end not included."""
+    ids = torch.tensor([_ids(exported, turns, token)], device=exported.device)
+    said = exported.network.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=REPLY_TOKENS,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        pad_token_id=exported.tokenizer.eos_token_id,
+    )[0, ids.shape[1] :].tolist()
+    end = next((place for place, i in enumerate(said) if i in exported.eos_ids), len(said))
+    return list(said[:end])
