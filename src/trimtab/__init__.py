@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trimtab.decoding.generate import generate
     from trimtab.evaluation.run import evaluate
+    from trimtab.exporters.export import export
     from trimtab.models import Model, load
     from trimtab.neuron.deep_alignment import train_expert
     from trimtab.neuron.expert import load_expert
@@ -34,6 +35,7 @@ _HOMES = {
     "SoftToken": "trimtab.softtoken.artifact",
     "align": "trimtab.softtoken.align",
     "evaluate": "trimtab.evaluation.run",
+    "export": "trimtab.exporters.export",
     "generate": "trimtab.decoding.generate",
     "load": "trimtab.models",
     "load_expert": "trimtab.neuron.expert",
@@ -52,6 +54,7 @@ __all__ = [
     "SoftToken",
     "align",
     "evaluate",
+    "export",
     "generate",
     "load",
     "load_expert",

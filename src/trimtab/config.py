@@ -119,6 +119,23 @@ class ExpertCommand(ModelSettings, ExpertSettings):
     """Held-out prompts compared before and after; 0 for none."""
 
 
+class ExportSettings(Settings):
+    """What becomes of a token, and where."""
+
+    run: Path
+    out: Path
+    format: Literal["hf"] = "hf"
+    """hf: a Hugging Face checkpoint."""
+    model: str | None = None
+    """The model it was trained on, if it has moved since."""
+    untie: bool | None = None
+    """Write out a tied head as a table of its own; where the slot would be said, if not given."""
+    force: bool = False
+    """Replace what the target folder holds."""
+    verify: bool = True
+    dry_run: bool = False
+
+
 class GuidanceSettings(ModelSettings):
     """A model, and what guides it: nothing, a token that is always on, or an expert behind a neuron."""
 

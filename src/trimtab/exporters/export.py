@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import ChatError, ExportError, RunError
+from rich.console import Console
+
+from trimtab.config import ExportSettings
+from trimtab.errors import ExportError, RunError
 from trimtab.exporters.card import write_card
 from trimtab.exporters.checkpoint import (
     INDEX,
@@ -24,12 +27,12 @@ from trimtab.exporters.checkpoint import (
     write_index,
 )
 from trimtab.exporters.head import loudest, states, unsaid
-from trimtab.exporters.plan import Plan, plan
-from trimtab.exporters.template import with_slot
+from trimtab.exporters.plan import Plan, plan, show
+from trimtab.exporters.template import in_place, unsafe, with_slot
 from trimtab.exporters.verify import verify
-from trimtab.models import Model
+from trimtab.models import Model, load_at
 from trimtab.prompts.sources import load_prompts
-from trimtab.run import Cost, create, progress, write_json
+from trimtab.run import Cost, create, progress, tell, write_json
 from trimtab.softtoken.artifact import SoftToken
 
 SAID = 1e-3  # a slot likelier than this, once, is too loud for a tied head
@@ -92,15 +95,43 @@ def export(
     return result
 
 
+def export_run(settings: ExportSettings, people: Console) -> dict[str, Any]:
+    """`trimtab export`: the token of a run, with the model it names; or with --dry-run the plan alone."""
+    identity = SoftToken.load(settings.run).identity()
+    model = load_at(settings.model or str(identity.origin.get("path") or identity.model), dtype=identity.dtype)
+    token = SoftToken.load(settings.run, model)
+    if settings.dry_run:
+        # Whether a tied head would be written out is measured; unless told, the plan takes the larger of the two.
+        found = plan(model, token, untie=settings.untie is not False)
+        show(found, people)
+        return found.record()
+    result = export(
+        model,
+        token,
+        settings.out,
+        untie=settings.untie,
+        force=settings.force,
+        check=settings.verify,
+        run=settings.run,
+    )
+    checked = result["verified"]
+    if checked:
+        tell(
+            people,
+            f"verified by transformers alone: logits differ by {checked['logits_max_difference']:.1e} at most, "
+            f"{checked['replies_equal']} of {checked['probes']} greedy replies equal, effect {checked['effect_kl']:.2g} nats",
+        )
+    tell(people, f"Checkpoint: {settings.out} (its README.md says how to serve it)")
+    return result
+
+
 def _head(model: Model, token: SoftToken) -> tuple[dict[str, float], Any]:
     """How likely the slot is as the next word, at most, in a tied head and with an output row fitted to be silent; and these rows. Measured along the greedy
     replies to prompts that the rows were not fitted to."""
-    prompts = []
-    for record in load_prompts("builtin", split="test")[:HEARD]:
-        try:
-            prompts.append(token.render(model, record.chat))
-        except ChatError:  # no place for the slot, such as no system turn
-            continue
+    records = load_prompts("builtin", split="test")[:HEARD]
+    prompts = [token.render(model, turns) for record in records if (turns := in_place(model, token, record.chat))]
+    if not prompts:
+        raise unsafe(model, token, "no conversation has a place for it")
     fitted, held = prompts[: len(prompts) * 2 // 3], prompts[len(prompts) * 2 // 3 :]
     heard = states(model, token, held)
     row = unsaid(states(model, token, fitted))

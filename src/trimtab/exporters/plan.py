@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from trimtab.errors import ExportError
 from trimtab.exporters.checkpoint import INDEX, STORED, Stored, row_bytes, shards, tensors
 from trimtab.models import Model, unpacked
+from trimtab.run import tell
 from trimtab.softtoken.artifact import SoftToken
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
@@ -140,6 +143,19 @@ def engines(found: Plan) -> dict[str, str]:
         "vLLM": f"loads it as it is; {ignored}",
         "llama.cpp": "wants a GGUF file: convert this folder, and keep the embedding table at q8_0 or f16",
     }
+
+
+def show(found: Plan, people: Console) -> None:
+    """The plan as a table, and in words."""
+    table = Table("file", "what becomes of it", "MB", title=f"export of {found.source}")
+    for name, what, size in found.files:
+        table.add_row(name, what, f"{size / 1e6:.1f}")
+    people.print(table)
+    tell(people, f"row {found.ids[0]}, {found.names[0]}: {ROW_MEANING[found.row]}")
+    if found.tied:
+        tell(people, "the head is the embedding table; " + ("written out by itself" if found.untie else "it stays so"))
+    for engine, words in engines(found).items():
+        tell(people, f"{engine}: {words}")
 
 
 def _head_of(model: Model) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.chat import Position, default_system, render, rendered_text
+from trimtab.chat import Message, Position, as_messages, default_system, render, rendered_text
 from trimtab.errors import ChatError, ExportError
 from trimtab.models import Model
 from trimtab.softtoken.artifact import SoftToken
@@ -42,6 +42,7 @@ CONTENTS = (
     "{{ user }} {% if %} <b>'\"\\</b>",
     "",
 )
+SYSTEM = "You are a helpful assistant."
 Turns = list[dict[str, Any]]
 
 
@@ -67,7 +68,24 @@ def with_slot(model: Model, token: SoftToken, tokenizer: Any, names: Sequence[st
             return candidate, prove(model, token, tokenizer, names, candidate)
         except ExportError as error:
             why = str(error.args[0])
-    raise ExportError(
+    raise unsafe(model, token, why)
+
+
+def in_place(model: Model, token: SoftToken, chat: Sequence[Message]) -> Turns | None:
+    """The conversation, under a system turn where the token has no place without one; `None` where it has none at all."""
+    turns = as_messages(chat)
+    for variant in (turns, [{"role": "system", "content": SYSTEM}, *turns]):
+        try:
+            token.render(model, variant)
+        except ChatError:
+            continue
+        return variant
+    return None
+
+
+def unsafe(model: Model, token: SoftToken, why: str) -> ExportError:
+    """A template that cannot be edited for this token, why, and a way out."""
+    return ExportError(
         f"the chat template of {model.name} cannot be edited safely for the position {token.position}: {why}.",
         "Train the token at another position (start works with every template), or edit the template by hand and serve it with the engine's own option.",
     )
@@ -138,7 +156,7 @@ def prove(model: Model, token: SoftToken, tokenizer: Any, names: Sequence[str], 
 def conversations() -> Iterator[tuple[Turns, list[Any] | None, dict[str, Any]]]:
     """Some hundred conversations: turns, tools, and what else templates know. Plain words, odd characters, nothing harmful."""
     shapes = ("u", "ua", "uau", "uauau", "uu")
-    systems = (None, "You are a helpful assistant.", "  Be brief.\n")
+    systems = (None, SYSTEM, "  Be brief.\n")
     extras: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"enable_thinking": False})
     for shape, system, content, extra in itertools.product(shapes, systems, range(len(CONTENTS)), extras):
         turns: Turns = [{"role": "system", "content": system}] if system is not None else []

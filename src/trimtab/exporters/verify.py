@@ -15,6 +15,7 @@ from trimtab.decoding.engine import forward
 from trimtab.decoding.generate import generate
 from trimtab.decoding.past import Past
 from trimtab.errors import ExportError
+from trimtab.exporters.template import in_place
 from trimtab.models import Model, load, slot
 from trimtab.softtoken.artifact import NO_EFFECT, SoftToken
 
@@ -53,7 +54,8 @@ def verify(model: Model, token: SoftToken, folder: Path, dtype: torch.dtype) -> 
     exported = load(folder, dtype=name, device=str(model.device))
     rounded = replace(token, vectors=token.vectors.to(dtype).float())
     worst = effect = rounding = 0.0
-    for turns in PROBES:
+    probes = [turns for probe in PROBES if (turns := in_place(model, token, probe))]
+    for turns in probes:
         prompt = token.render(model, turns)
         ids = _ids(exported, turns, token)
         if ids != prompt.ids:
@@ -65,23 +67,23 @@ def verify(model: Model, token: SoftToken, folder: Path, dtype: torch.dtype) -> 
         hooked, stored, exact, plain = (each[common] for each in (hooked, stored, exact, plain))
         worst = max(worst, float((hooked - stored).abs().max()))
         rounding = max(rounding, float((hooked - exact).abs().max()))
-        effect += float((plain.softmax(-1) * (plain.log_softmax(-1) - stored.log_softmax(-1))).sum()) / len(PROBES)
+        effect += float((plain.softmax(-1) * (plain.log_softmax(-1) - stored.log_softmax(-1))).sum()) / len(probes)
     if not worst <= TOLERANCE[model.dtype]:
         raise ExportError(
             f"{folder}: its logits are not those of the token on its model: they differ by up to {worst:.2e} ({name}, tolerance {TOLERANCE[model.dtype]:g})."
         )
     if not effect > NO_EFFECT:
         raise ExportError(f"{folder}: the token changes nothing there (KL {effect:.1e} nats).")
-    expected = generate(model, PROBES, token=rounded, max_new_tokens=REPLY_TOKENS)
+    expected = generate(model, probes, token=rounded, max_new_tokens=REPLY_TOKENS)
     same = sum(
-        tuple(_reply(exported, turns, token)) == reply.ids for turns, reply in zip(PROBES, expected, strict=True)
+        tuple(_reply(exported, turns, token)) == reply.ids for turns, reply in zip(probes, expected, strict=True)
     )
-    if same < len(PROBES):
-        raise ExportError(f"{folder}: {len(PROBES) - same} of {len(PROBES)} greedy replies differ from the token's.")
+    if same < len(probes):
+        raise ExportError(f"{folder}: {len(probes) - same} of {len(probes)} greedy replies differ from the token's.")
     return {
         "dtype": name,
         "stored_dtype": str(dtype).removeprefix("torch."),
-        "probes": len(PROBES),
+        "probes": len(probes),
         "logits_max_difference": worst,
         "tolerance": TOLERANCE[model.dtype],
         "rounding_of_the_row": rounding,

@@ -1,0 +1,254 @@
+"""A token as one row of a checkpoint: every other byte as it was, ids and replies those of the token on its model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import FAMILIES, TEMPLATES, build, vectors_for
+from trimtab.chat import POSITIONS
+from trimtab.errors import ArtefactError, ExportError, RunError
+from trimtab.exporters.checkpoint import INDEX, Rows, rewrite, tensors
+from trimtab.exporters.export import export
+from trimtab.exporters.plan import plan
+from trimtab.models import Model, load
+from trimtab.softtoken.artifact import SoftToken
+
+ROWS: dict[str, dict[str, Any]] = {
+    "appended": {},
+    "unused": {"padding": 3},
+    "reserved": {"reserved": 2},
+    "appended, tied": {"tied": True},
+    "unused, tied": {"tied": True, "padding": 2},
+}
+
+
+def saved(folder: Path, family: str = "llama", template: str = "default", shard: str = "5GB", **options: Any) -> Model:
+    """A tiny model, read back from a folder."""
+    made = build(family, template, **options)
+    made.network.save_pretrained(folder, max_shard_size=shard)
+    made.tokenizer.save_pretrained(folder)
+    return load(folder)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Of every tensor's bytes."""
+    found = {}
+    for name, stored in tensors(folder).items():
+        data = stored.file.read_bytes()[stored.begin : stored.end]
+        found[name] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_token_is_the_same_computation(family: str, row: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", family, **ROWS[row])
+    token = SoftToken.of(model, vectors_for(model, 2, 8.0), "assistant")
+    result = export(model, token, tmp_path / "out")
+    assert result["plan"]["row"] == row.partition(",")[0]
+    assert result["verified"]["replies_equal"] == result["verified"]["probes"]
+    assert result["verified"]["logits_max_difference"] <= 1e-4
+    assert result["template"]["conversations_equal"] > 200
+    before, after = hashes(tmp_path / "model"), hashes(tmp_path / "out")
+    touched = {result["plan"]["embedding"], result["plan"]["head"]}
+    assert {name: each for name, each in before.items() if name not in touched} == {
+        name: each for name, each in after.items() if name not in touched
+    }
+    table = load_file(tmp_path / "out" / "model.safetensors")[result["plan"]["embedding"]]
+    ids = result["plan"]["ids"]
+    assert torch.equal(table[list(ids)], token.vectors)
+    kept = [i for i in range(len(model.table)) if i not in ids]
+    assert torch.equal(table[kept], model.table[kept])
+
+
+def test_a_tied_head_is_written_out_where_the_slot_would_be_said(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", tied=True)
+    loud = SoftToken.of(model, vectors_for(model, 1, 40.0), "assistant")
+    result = export(model, loud, tmp_path / "loud")
+    assert result["slot_as_output"]["tied"] > 0.5
+    assert result["plan"]["untie"]
+    head = load_file(tmp_path / "loud" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(head[:-1], model.table)
+    assert json.loads((tmp_path / "loud" / "config.json").read_text())["tie_word_embeddings"] is False
+    kept = export(model, loud, tmp_path / "kept", untie=False)
+    assert not kept["plan"]["untie"]
+    assert "lm_head.weight" not in load_file(tmp_path / "kept" / "model.safetensors")
+
+
+def test_shards_that_hold_no_table_are_the_same_files(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", shard="20KB")
+    token = SoftToken.of(model, vectors_for(model, 1, 8.0), "assistant")
+    result = export(model, token, tmp_path / "out")
+    same = [
+        file["file"] for file in result["plan"]["files"] if file["what"] == "as it is" and "safetensors" in file["file"]
+    ]
+    assert len(same) > 2
+    for name in same:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(each.end - each.begin for each in tensors(tmp_path / "out").values())
+
+
+def test_what_is_written_can_be_read_by_the_library(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    name = "model.embed_tokens.weight"
+    row = torch.arange(32.0)
+    stored = tensors(tmp_path / "model")[name]
+    told: list[int] = []
+    rewrite(
+        path,
+        tmp_path / "new.safetensors",
+        {name: Rows({1: row, len(model.table) + 1: row * 2}, len(model.table) + 3)},
+        {"copy.weight": Rows({0: row}, len(model.table), stored)},
+        told.append,
+    )
+    with safe_open(path, "pt") as old, safe_open(tmp_path / "new.safetensors", "pt") as new:
+        assert new.metadata() == old.metadata()
+        for key in old.keys():  # noqa: SIM118
+            if key != name:
+                assert torch.equal(old.get_tensor(key), new.get_tensor(key))
+        table, copy = new.get_tensor(name), new.get_tensor("copy.weight")
+    assert torch.equal(table[1], row)
+    assert torch.equal(table[len(model.table) + 1], row * 2)
+    assert not table[[len(model.table), len(model.table) + 2]].any()
+    assert torch.equal(copy[0], row)
+    assert torch.equal(copy[1:], model.table[1:])
+    assert sum(told) == path.stat().st_size - path.stat().st_size % 1 - _header_size(path) + (stored.end - stored.begin)
+
+
+def _header_size(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2])
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_is_edited_for_every_place_that_it_has(
+    template: str, position: Any, n_tokens: int, tmp_path: Path
+) -> None:
+    model = saved(tmp_path / "model", template=template)
+    token = SoftToken.of(model, vectors_for(model, n_tokens, 8.0), position)
+    missing = {"chatml": ("after_bos",), "default": ("after_bos",), "no_system": ("assistant", "system")}
+    if position in missing.get(template, ()):
+        with pytest.raises(ExportError, match="cannot be edited safely"):
+            export(model, token, tmp_path / "out", check=False)
+        assert not (tmp_path / "out").exists()
+        return
+    result = export(model, token, tmp_path / "out", check=False)
+    assert result["template"]["conversations_equal"] >= 75
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <|trimtab_0|>!"}]
+    turns = turns[template == "no_system" :]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text.count("<|trimtab_0|>") == 1
+    assert "Hi <| trimtab_0|>!" in text
+
+
+def test_transformers_alone_replies_as_the_token_does(tmp_path: Path) -> None:
+    from trimtab.decoding.generate import generate
+
+    model = saved(tmp_path / "model", tied=True)
+    token = SoftToken.of(model, vectors_for(model, 1, 8.0), "assistant")
+    export(model, token, tmp_path / "out", check=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for words in ("Hello!", "the cinema", "inin"):
+        turns = [{"role": "user", "content": words}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        said = network.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+        expected = generate(model, [turns], token=token, max_new_tokens=12)[0]
+        assert tuple(said[: len(expected.ids)]) == expected.ids
+
+
+@pytest.fixture
+def model(folder: Path) -> Model:
+    return load(folder)
+
+
+@pytest.fixture
+def token(model: Model) -> SoftToken:
+    return SoftToken.of(model, vectors_for(model, 1, 8.0), "assistant")
+
+
+def test_nothing_is_written_over_unless_told(model: Model, token: SoftToken, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"holds something already\.\n.*--force"):
+        export(model, token, tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    export(model, token, tmp_path / "out", force=True)
+    assert not (tmp_path / "out" / "mine.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_nothing(
+    model: Model, token: SoftToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(RunError, match=r"no room in"):
+        export(model, token, tmp_path / "out")
+    monkeypatch.undo()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trimtab.exporters.export.copy_file", full)
+    monkeypatch.setattr("trimtab.exporters.export.rewrite", full)
+    with pytest.raises(RunError, match=r"No space left on device\n.*Free some room"):
+        export(model, token, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_models_token_and_damaged_or_odd_files_are_refused(
+    token: SoftToken, folder: Path, tmp_path: Path
+) -> None:
+    other = saved(tmp_path / "other", seed=1)
+    with pytest.raises(ArtefactError):
+        export(other, token, tmp_path / "out")
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    model = replace(load(folder), origin={"kind": "folder", "path": str(broken)})
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ExportError, match="truncated"):
+        export(model, token, tmp_path / "out")
+    (broken / "model.safetensors").write_bytes(whole[:5])
+    with pytest.raises(ExportError, match="no whole safetensors file"):
+        export(model, token, tmp_path / "out")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ExportError, match="only safetensors"):
+        export(model, token, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_written_wrongly_is_noticed(
+    model: Model, token: SoftToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.exporters import checkpoint
+
+    right: Callable[..., bytes] = checkpoint.encoded
+    monkeypatch.setattr(checkpoint, "encoded", lambda vector, dtype: right(vector * 1.1, dtype))
+    with pytest.raises(ExportError, match="its logits are not those of the token"):
+        export(model, token, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_names_every_file_and_its_bytes(model: Model, token: SoftToken, folder: Path, tmp_path: Path) -> None:
+    found = plan(model, token, untie=False)
+    export(model, token, tmp_path / "out")
+    written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert {name for name, _, _ in found.files} == set(written)
+    weights = next(size for name, _, size in found.files if name == "model.safetensors")
+    assert abs(weights - written["model.safetensors"]) < 200  # the header's numbers may be longer
