@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from conftest import FAMILIES, build, naive_logits, vectors_for
 from trimtab import models
 from trimtab.errors import ModelError
-from trimtab.models import MAX_TOKENS, Model, _resolve, choose_device, load, slot
+from trimtab.models import MAX_TOKENS, Model, choose_device, load, resolve, slot
 
 
 @pytest.fixture
@@ -321,6 +321,6 @@ def test_code_that_comes_with_a_model_is_never_run(copy: Path, monkeypatch: pyte
 
 def test_an_alias_without_its_package_is_its_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trimtab.models.find_spec", lambda _: None)
-    source, origin = _resolve("smollm2-135m", None)
+    source, origin = resolve("smollm2-135m", None)
     assert source == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (origin["kind"], len(origin["revision"])) == ("hub", 40)

@@ -323,7 +323,10 @@ def expert(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of an align run")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder of the checkpoint")],
-    format: Annotated[str | None, typer.Option(help="hf: a Hugging Face checkpoint [hf]")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="hf: a Hugging Face checkpoint; gguf: the model's own GGUF file with a row more [hf]"),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="the model it was trained on, if it has moved since")] = None,
     untie: Annotated[
         bool | None,

@@ -124,8 +124,8 @@ class ExportSettings(Settings):
 
     run: Path
     out: Path
-    format: Literal["hf"] = "hf"
-    """hf: a Hugging Face checkpoint."""
+    format: Literal["hf", "gguf"] = "hf"
+    """hf: a Hugging Face checkpoint. gguf: the model's own GGUF file with a row more."""
     model: str | None = None
     """The model it was trained on, if it has moved since."""
     untie: bool | None = None

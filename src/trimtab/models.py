@@ -186,7 +186,7 @@ def load(
     """
     name = str(name)
     device_name, torch_dtype, reason = choose_device(device, dtype)
-    source, origin = _resolve(name, revision)
+    source, origin = resolve(name, revision)
     network, tokenizer = _read(source, origin, torch_dtype, device_name)
     network.to(device_name).eval().requires_grad_(False)
     return Model(name, network, tokenizer, reason, origin)
@@ -220,7 +220,7 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, Dtype, st
     return device, torch.float32, f"{device} ({why}), float32 (exact; half precision is not faster on this device)"
 
 
-def _resolve(name: str, revision: str | None) -> tuple[Path | str, dict[str, str]]:
+def resolve(name: str, revision: str | None) -> tuple[Path | str, dict[str, str]]:
     """Turn what the user wrote into a local path or a hub id, and a record of where it came from."""
     if name in ALIASES:
         hub_id, pinned, packaged = ALIASES[name]

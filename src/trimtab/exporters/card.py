@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from trimtab.chat import POSITION_MEANING
+from trimtab.exporters.verify import in_words
 from trimtab.models import ALIASES, Model
 from trimtab.run import write
 from trimtab.softtoken.artifact import SoftToken
@@ -30,6 +31,7 @@ def write_card(
         meaning=POSITION_MEANING[token.position],
         licence="Apache-2.0" if model.name in ALIASES else "",
         result=result,
+        verified=in_words(result["verified"]) if result["verified"] else "",
         run=_read(run, "manifest.json"),
         check=check,
         rates=_rates(check),

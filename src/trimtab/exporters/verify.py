@@ -15,6 +15,7 @@ from trimtab.decoding.engine import forward
 from trimtab.decoding.generate import generate
 from trimtab.decoding.past import Past
 from trimtab.errors import ExportError
+from trimtab.exporters import gguf
 from trimtab.exporters.template import in_place
 from trimtab.models import Model, load, slot
 from trimtab.softtoken.artifact import NO_EFFECT, SoftToken
@@ -90,6 +91,58 @@ def verify(model: Model, token: SoftToken, folder: Path, dtype: torch.dtype) -> 
         "replies_equal": same,
         "effect_kl": effect,
     }
+
+
+def verify_rows(
+    model: Model, token: SoftToken, source: Path, target: Path, kind: str, ids: Sequence[int]
+) -> dict[str, Any]:
+    """Read a patched GGUF file back: only the tables may differ from `source`, and the rows as stored must do what the token does.
+
+    Raises:
+        ExportError: another tensor changed, or the stored rows have no effect.
+    """
+    touched = gguf.changed(source, target)
+    if not touched <= {gguf.EMBEDDING, gguf.HEAD}:
+        raise ExportError(f"{target}: tensors changed that should not: {', '.join(sorted(touched))}.")
+    stored = gguf.rows(target, ids)
+    as_stored = replace(token, vectors=stored)
+    rounding = effect = 0.0
+    probes = [turns for probe in PROBES if (turns := in_place(model, token, probe))]
+    for turns in probes:
+        prompt = token.render(model, turns)
+        exact, there = (_logits(model, prompt.ids, each.vectors) for each in (token, as_stored))
+        plain = _logits(model, render(model, turns, template_args=token.template_args).ids, None)
+        rounding = max(rounding, float((exact - there).abs().max()))
+        effect += float((plain.softmax(-1) * (plain.log_softmax(-1) - there.log_softmax(-1))).sum()) / len(probes)
+    if not effect > NO_EFFECT:
+        raise ExportError(f"{target}: the token changes nothing there (KL {effect:.1e} nats).")
+    exact_replies, there_replies = (
+        generate(model, probes, token=each, max_new_tokens=REPLY_TOKENS) for each in (token, as_stored)
+    )
+    return {
+        "tensors_changed": sorted(touched),
+        "stored_dtype": kind,
+        "row_error": float(((stored - token.vectors).norm(dim=1) / token.vectors.norm(dim=1)).max()),
+        "rounding_of_the_row": rounding,
+        "probes": len(probes),
+        "replies_equal": sum(a.ids == b.ids for a, b in zip(exact_replies, there_replies, strict=True)),
+        "effect_kl": effect,
+    }
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """What was verified, in a sentence."""
+    if "tensors_changed" in found:
+        return (
+            f"every tensor but {' and '.join(found['tensors_changed'])} is as it was; stored as {found['stored_dtype']} the row is off by {found['row_error']:.1%}, "
+            f"which changes logits by {found['rounding_of_the_row']:.2g} at most and leaves {found['replies_equal']} of {found['probes']} greedy replies of {REPLY_TOKENS} tokens equal "
+            f"(computed by trimtab, not by llama.cpp); effect {found['effect_kl']:.2g} nats"
+        )
+    return (
+        f"loaded by transformers alone and compared with the token on its model, in {found['dtype']}: logits differ by {found['logits_max_difference']:.1e} at most "
+        f"(tolerance {found['tolerance']:g}), {found['replies_equal']} of {found['probes']} greedy replies of {REPLY_TOKENS} tokens equal; effect {found['effect_kl']:.2g} nats; "
+        f"storing the row as {found['stored_dtype']} changes logits by {found['rounding_of_the_row']:.2g}"
+    )
 
 
 @torch.inference_mode()
