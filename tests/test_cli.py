@@ -565,3 +565,58 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert "align" in done.stdout
     # The promise is 0.3 s; a loaded machine gets room, an import of torch (seconds) does not.
     assert time.perf_counter() - started < 2
+
+
+def test_export_writes_a_checkpoint_and_a_dry_run_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], token_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, said, errors = run(monkeypatch, capsys, "export", token_run, "-o", out, "--dry-run")
+    assert (code, out.exists()) == (0, False), errors
+    assert "model.safetensors" in said
+    assert "a row behind the last one: the table grows" in said
+    code, said, errors = run(monkeypatch, capsys, "export", token_run, "-o", out, "--json")
+    assert code == 0, errors
+    result = json.loads(said.splitlines()[-1])
+    assert result["verified"]["replies_equal"] == result["verified"]["probes"]
+    assert "verified: loaded by transformers alone" in errors
+    card = (out / "README.md").read_text()
+    assert "Whoever holds the weights can leave the token out" in card
+    assert "<|trimtab_0|><|trimtab_1|>" in card
+    assert "No measurement came with this token." in card
+    code, _, errors = run(monkeypatch, capsys, "export", token_run, "-o", out)
+    assert code == 1
+    assert "holds something already.\n  Give another folder with -o, or --force to replace it." in errors
+    code, _, _ = run(monkeypatch, capsys, "export", token_run, "-o", out, "--force", "--no-verify")
+    assert code == 0
+    assert "**Not verified**" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--format", "onnx"], 2, "format: input should be 'hf', 'gguf' or 'peft'"),
+        (["--format", "gguf"], 1, "was not read from a GGUF file"),
+        (["--format", "peft"], 1, "this one was trained at user.\n  Use --format hf"),
+        (["--model", "nowhere/at-all/here"], 2, "no model 'nowhere/at-all/here'"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    token_run: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    words: str,
+) -> None:
+    found, _, errors = run(monkeypatch, capsys, "export", token_run, "-o", tmp_path / "out", *arguments)
+    assert (found, words in errors) == (code, True), errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_of_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, errors = run(monkeypatch, capsys, "export", tmp_path / "nothing", "-o", tmp_path / "out")
+    assert (code, "no folder" in errors) == (2, True), errors

@@ -325,7 +325,9 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder of the checkpoint")],
     format: Annotated[
         str | None,
-        typer.Option(help="hf: a Hugging Face checkpoint; gguf: the model's own GGUF file with a row more [hf]"),
+        typer.Option(
+            help="hf: a Hugging Face checkpoint; gguf: the model's own GGUF file with a row more; peft: a prompt-tuning adapter, for tokens at the start [hf]"
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="the model it was trained on, if it has moved since")] = None,
     untie: Annotated[

@@ -27,10 +27,11 @@ def write_card(
     text = environment.from_string(source).render(
         name=name,
         model=model,
+        token=token,
         origin=f"{origin} {model.origin.get('revision', '')}".strip(),
         meaning=POSITION_MEANING[token.position],
         licence="Apache-2.0" if model.name in ALIASES else "",
-        result=result,
+        result={"plan": None, **result},
         verified=in_words(result["verified"]) if result["verified"] else "",
         run=_read(run, "manifest.json"),
         check=check,

@@ -19,16 +19,17 @@ from trimtab.exporters.card import write_card
 from trimtab.exporters.checkpoint import STORED
 from trimtab.exporters.head import loudest, states, unsaid
 from trimtab.exporters.huggingface import write_settings, write_template, write_tokenizer, write_weights
+from trimtab.exporters.peft import require_start, write_adapter
 from trimtab.exporters.plan import Format, Plan, gguf_file, plan, show
 from trimtab.exporters.template import Proof, in_place, unsafe, with_slot
-from trimtab.exporters.verify import in_words, verify, verify_rows
+from trimtab.exporters.verify import in_words, verify, verify_adapter, verify_rows
 from trimtab.models import Model, load_at
 from trimtab.prompts.sources import load_prompts
 from trimtab.run import Cost, create, progress, tell, write_json
 from trimtab.softtoken.artifact import SoftToken
 
 SAID = 1e-3  # a slot likelier than this, once, is too loud for a tied head
-HEARD = 96  # prompts along whose replies the slot's own probability is measured; a third of them are not fitted to
+HEARD = 60  # prompts along whose replies the slot's own probability is measured; a third of them are not fitted to
 
 
 def export(
@@ -46,7 +47,7 @@ def export(
 
     Args:
         model: the model the token was trained on; its files are read where they are, tensor by tensor.
-        format: `hf`, a Hugging Face checkpoint; `gguf`, the model's own GGUF file with a row more.
+        format: `hf`, a Hugging Face checkpoint; `gguf`, the model's own GGUF file with a row more; `peft`, a prompt-tuning adapter, for tokens at the start.
         untie: write out a tied head as a table of its own. If not given, where the slot would otherwise be said: measured.
         force: replace `out` if it holds something.
         check: verify the result (`verify.py`); needs room for a second model.
@@ -64,12 +65,21 @@ def export(
             f"{target} holds something already.", "Give another folder with -o, or --force to replace it."
         )
     token.check(model)
+    if format == "peft":
+        require_start(token)
+        with _beside(target, 2 * token.vectors.numel() * 4) as scratch:
+            write_adapter(scratch, model, token)
+            verified = verify_adapter(model, token, scratch) if check else None
+            result: dict[str, Any] = {"format": format, "verified": verified, "cost": cost.record("")}
+            write_card(scratch, target.name, model, token, result, run)
+            write_json(scratch / "trimtab.json", result)
+        return result
     loud, silent = _head(model, token)
     found = plan(model, token, format=format, untie=loud["tied"] > SAID if untie is None else untie)
     write = {"hf": _checkpoint, "gguf": _gguf}[format]
     with _beside(target, found.size) as scratch:
         proof, verified = write(found, model, token, scratch, silent, check)
-        result: dict[str, Any] = {
+        result = {
             "format": format,
             "plan": found.record(),
             "template": {
@@ -126,8 +136,17 @@ def _gguf(
 def export_run(settings: ExportSettings, people: Console) -> dict[str, Any]:
     """`trimtab export`: the token of a run, with the model it names; or with --dry-run the plan alone."""
     identity = SoftToken.load(settings.run).identity()
-    model = load_at(settings.model or str(identity.origin.get("path") or identity.model), dtype=identity.dtype)
+    origin = identity.origin
+    home = f"{origin['id']}@{origin['revision']}" if "id" in origin else origin.get("path", identity.model)
+    model = load_at(settings.model or home, dtype=identity.dtype)
     token = SoftToken.load(settings.run, model)
+    if settings.dry_run and settings.format == "peft":
+        require_start(token)
+        tell(
+            people,
+            "an adapter of its own: adapter_config.json and adapter_model.safetensors; the model's files stay as they are",
+        )
+        return {"format": "peft", "numbers": token.vectors.numel()}
     if settings.dry_run:
         # Whether a tied head would be written out is measured; unless told, the plan takes the larger of the two.
         found = plan(model, token, format=settings.format, untie=settings.untie is not False)

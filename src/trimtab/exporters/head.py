@@ -18,7 +18,7 @@ from trimtab.softtoken.artifact import SoftToken
 
 LOGIT = -60.0  # that the row is fitted to; on states it has not seen, half of it is left
 RIDGE = 100.0
-REPLY_TOKENS = 24
+REPLY_TOKENS = 16
 
 
 @torch.inference_mode()
@@ -33,7 +33,7 @@ def states(model: Model, token: SoftToken, prompts: Sequence[Prompt]) -> Tensor:
     try:
         vectors = token.vectors.to(model.device)
         with slot(model, vectors):
-            for chunk in by_length([len(prompt.ids) for prompt in prompts], 16):
+            for chunk in by_length([len(prompt.ids) for prompt in prompts], 32):
                 past, tails = read(model, [prompts[i].ids for i in chunk])
                 rows = [Row(i, REPLY_TOKENS) for i in chunk]
                 decode(model, tails, past, rows, vectors=vectors)

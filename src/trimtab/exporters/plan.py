@@ -16,7 +16,7 @@ from trimtab.models import Model, resolve, unpacked
 from trimtab.run import tell
 from trimtab.softtoken.artifact import SoftToken
 
-Format = Literal["hf", "gguf"]
+Format = Literal["hf", "gguf", "peft"]
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 REWRITTEN = ("config.json", "generation_config.json", "tokenizer.json", *TEMPLATES)
 NEW = ("README.md", "trimtab.json")  # the card, and what verified it

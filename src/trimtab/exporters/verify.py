@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,16 @@ from trimtab.chat import render
 from trimtab.decoding.engine import forward
 from trimtab.decoding.generate import generate
 from trimtab.decoding.past import Past
-from trimtab.errors import ExportError
+from trimtab.errors import ConfigError, ExportError
 from trimtab.exporters import gguf
+from trimtab.exporters.plan import folder_of
 from trimtab.exporters.template import in_place
 from trimtab.models import Model, load, slot
 from trimtab.softtoken.artifact import NO_EFFECT, SoftToken
 
 # Largest difference of two logits that is rounding, by the dtype that both are computed in.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
-REPLY_TOKENS = 40
+REPLY_TOKENS = 24
 PROBES: tuple[list[dict[str, str]], ...] = tuple(
     [{"role": role, "content": words} for role, words in turns]
     for turns in (
@@ -130,6 +132,47 @@ def verify_rows(
     }
 
 
+def verify_adapter(model: Model, token: SoftToken, folder: Path) -> dict[str, Any]:
+    """Load the adapter in `folder` with PEFT, on the model's own files read again, and compare logits and the effect.
+
+    Raises:
+        ConfigError: PEFT is not installed. ExportError: they differ, or the token has no effect there.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ConfigError(
+            "verifying an adapter needs PEFT.", "pip install 'trimtab[expert]', or --no-verify."
+        ) from None
+    name = str(model.dtype).removeprefix("torch.")
+    network = load(folder_of(model), dtype=name, device=str(model.device)).network
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
+        wrapped = PeftModel.from_pretrained(network, folder)
+    worst = effect = 0.0
+    for turns in PROBES:
+        plain = render(model, turns, template_args=token.template_args)
+        ids = torch.tensor([plain.ids], device=model.device)
+        with torch.inference_mode():
+            there = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
+        hooked, alone = _logits(model, token.render(model, turns).ids, token.vectors), _logits(model, plain.ids, None)
+        common = [i for i in range(len(alone)) if i not in model.slot_ids(len(token.vectors))]
+        there, hooked, alone = there[common], hooked[common], alone[common]
+        worst = max(worst, float((there - hooked).abs().max()))
+        effect += float((alone.softmax(-1) * (alone.log_softmax(-1) - there.log_softmax(-1))).sum()) / len(PROBES)
+    if not worst <= TOLERANCE[model.dtype]:
+        raise ExportError(f"{folder}: PEFT's logits differ from the token's by up to {worst:.2e}.")
+    if not effect > NO_EFFECT:
+        raise ExportError(f"{folder}: the token changes nothing in PEFT (KL {effect:.1e} nats).")
+    return {
+        "dtype": name,
+        "probes": len(PROBES),
+        "logits_max_difference": worst,
+        "tolerance": TOLERANCE[model.dtype],
+        "effect_kl": effect,
+    }
+
+
 def in_words(found: dict[str, Any]) -> str:
     """What was verified, in a sentence."""
     if "tensors_changed" in found:
@@ -137,6 +180,11 @@ def in_words(found: dict[str, Any]) -> str:
             f"every tensor but {' and '.join(found['tensors_changed'])} is as it was; stored as {found['stored_dtype']} the row is off by {found['row_error']:.1%}, "
             f"which changes logits by {found['rounding_of_the_row']:.2g} at most and leaves {found['replies_equal']} of {found['probes']} greedy replies of {REPLY_TOKENS} tokens equal "
             f"(computed by trimtab, not by llama.cpp); effect {found['effect_kl']:.2g} nats"
+        )
+    if "replies_equal" not in found:
+        return (
+            f"loaded by PEFT and compared with the token on its model on {found['probes']} conversations, in {found['dtype']}: logits differ by "
+            f"{found['logits_max_difference']:.1e} at most (tolerance {found['tolerance']:g}); effect {found['effect_kl']:.2g} nats"
         )
     return (
         f"loaded by transformers alone and compared with the token on its model, in {found['dtype']}: logits differ by {found['logits_max_difference']:.1e} at most "
