@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 HARNESS_lm-eval := lm-eval==0.4.13
 HARNESS_inspect-ai := inspect-ai==0.3.285
+HARNESS_llama-cpp := --no-deps xllamacpp==2026.10.11549
 
 .PHONY: venv demo test interop lint bench
 
@@ -23,10 +24,11 @@ demo: venv
 test: venv
 	$(BIN)/pytest
 
-# Other people's harnesses, each in an environment of its own on top of .venv: they want other versions of what we pin.
-interop: .venv-lm-eval/.done .venv-inspect-ai/.done
+# Other people's harnesses and engines, each in an environment of its own on top of .venv: they want other versions of what we pin.
+interop: .venv-lm-eval/.done .venv-inspect-ai/.done .venv-llama-cpp/.done
 	.venv-lm-eval/bin/python -m pytest tests/interop/test_lm_eval.py
 	.venv-inspect-ai/bin/python -m pytest tests/interop/test_inspect.py
+	.venv-llama-cpp/bin/python -m pytest tests/interop/test_llama_cpp.py
 
 .venv-%/.done: .venv/.done
 	$(PYTHON) -m venv .venv-$*

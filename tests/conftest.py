@@ -22,8 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from trimtab.models import Model, load, slot
 from trimtab.softtoken.artifact import SoftToken
 
-# Harnesses that are not installed are left out: `make interop` brings each into an environment of its own.
-HARNESSES = {"interop/test_lm_eval.py": "lm_eval", "interop/test_inspect.py": "inspect_ai"}
+# Harnesses and engines that are not installed are left out: `make interop` brings each into an environment of its own.
+HARNESSES = {
+    "interop/test_lm_eval.py": "lm_eval",
+    "interop/test_inspect.py": "inspect_ai",
+    "interop/test_llama_cpp.py": "xllamacpp",
+}
 collect_ignore = [file for file, package in HARNESSES.items() if find_spec(package) is None]
 torch.set_num_threads(1)
 settings.register_profile(

@@ -119,7 +119,7 @@ def _gguf(
     target = scratch / f"{source.stem}.trimtab.gguf"
     vectors = dict(zip(found.ids, token.vectors, strict=True))
     quiet = dict(zip(found.ids, silent, strict=True)) if found.appended else None
-    with progress("writing tensors", source.stat().st_size // 1000) as advance:
+    with progress("writing tensors", found.size // 1000) as advance:
         kind = gguf.patch(
             source,
             target,

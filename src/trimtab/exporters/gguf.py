@@ -87,6 +87,20 @@ def patch(
     return str(kind.name)
 
 
+def size(source: Path, appended: int, untie: bool) -> int:
+    """Bytes of the file that `patch` will write, but for a few of its header."""
+    held = {tensor.name: tensor for tensor in _read(source).tensors}
+    table = held.get(EMBEDDING)
+    if table is None:
+        return source.stat().st_size
+    row = int(table.n_bytes) // len(table.data)
+    return (
+        source.stat().st_size
+        + appended * row
+        + (int(table.n_bytes) + appended * row if untie and HEAD not in held else 0)
+    )
+
+
 def rows(path: Path, ids: Sequence[int]) -> Tensor:
     """Rows `[n, hidden]` of a file's embedding table, as an engine reads them."""
     table = next(tensor for tensor in _read(path).tensors if tensor.name == EMBEDDING)

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from trimtab.errors import ExportError
+from trimtab.exporters import gguf
 from trimtab.exporters.checkpoint import INDEX, STORED, Stored, row_bytes, shards, tensors
 from trimtab.models import Model, resolve, unpacked
 from trimtab.run import tell
@@ -98,7 +99,8 @@ def plan(model: Model, token: SoftToken, *, untie: bool, format: Format = "hf") 
     written_out = tied and untie
     if format == "gguf":
         path = gguf_file(model)
-        files = ((f"{path.stem}.trimtab.gguf", "one row", path.stat().st_size), *((name, "new", 0) for name in NEW))
+        size = gguf.size(path, after - before, written_out)
+        files = ((f"{path.stem}.trimtab.gguf", "one row", size), *((name, "new", 0) for name in NEW))
         return Plan(source, ids, names, row, (before, after), embedding, head, tied, written_out, found, files)
     if found[embedding].dtype not in STORED:
         raise ExportError(

