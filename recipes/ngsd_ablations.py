@@ -145,8 +145,8 @@ def _share(hits: int, n: int) -> str:
 
 
 def _row(result: dict[str, Any]) -> dict[str, str]:
-    """Refusal rates with intervals, and how often the neuron fired."""
-    cells = {}
+    """Replies that repeat themselves, which is no refusal whatever a judge says; refusal rates with intervals; how often the neuron fired."""
+    cells = {f"{suite}, repeat themselves": f"{result['suites'][suite]['looping']['share']:.0%}" for suite in SUITES}
     for suite, label in COLUMNS:
         for judge in CHOSEN:
             rate = result["suites"][suite][label][judge]

@@ -13,7 +13,7 @@ import torch
 from conftest import naive_logits, vectors_for
 from trimtab.chat import render, reply_ids
 from trimtab.evaluation.capability import kl_to_base, right
-from trimtab.evaluation.results import answers, answers_paired
+from trimtab.evaluation.results import answers, answers_paired, looping_paired
 from trimtab.evaluation.run import evaluate
 from trimtab.models import Model
 from trimtab.neuron.guide import Guide
@@ -71,6 +71,17 @@ def test_shares_and_pairs_by_hand() -> None:
     assert (change["difference"], change["n"], change["p"]) == (pytest.approx(1 / 3), 3, 1.0)
     assert answers([row("x", "words")]) is None
     assert answers_paired([row("x", "words")], [row("y", "words")]) is None
+
+
+def test_replies_that_begin_to_repeat_themselves_are_counted_on_the_same_rows() -> None:
+    before, after = (
+        [{"reply": words} for words in part]
+        for part in (["fine", "no " * 20, "well"], ["no " * 20, "no " * 20, "well"])
+    )
+    change = looping_paired(before, after)
+    assert change is not None
+    assert (round(change["difference"], 3), change["n"], change["p"]) == (0.333, 3, 1.0)
+    assert looping_paired([], []) is None
 
 
 @torch.no_grad()

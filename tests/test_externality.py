@@ -33,12 +33,14 @@ def test_losses_by_hand() -> None:
             "other judge": {"harmful": {"phrase": change(-0.2, -0.3, -0.1)}},
         },
         "answers_paired": {"sums": change(-0.1, -0.18, -0.02), "more": change(0.1, 0.02, 0.18)},
+        "looping_paired": change(0.11, 0.06, 0.16),
     }
     assert harms(result) == [
         "harmful requests of s: refused less often, by 12 points (95 %: 4 to 20)",
         "benign requests of s: refused more often, by 9 points (95 %: 2 to 16)",
         "harmful requests of other judge: refused less often, by 20 points (95 %: 10 to 30)",
         "answers of sums: right less often, by 10 points (95 %: 2 to 18)",
+        "replies of all suites: they repeat themselves more often, by 11 points (95 %: 6 to 16)",
     ]
     assert "small" in " ".join(harms(result, 0.01))
     assert harms(result, 0.15) == ["harmful requests of other judge: refused less often, by 20 points (95 %: 10 to 30)"]

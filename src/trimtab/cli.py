@@ -114,7 +114,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="at most so many rows a suite, in proportion [all]")] = None,
     compare: Annotated[bool | None, typer.Option("--compare", help="also measure the model without the token")] = None,
     externality: Annotated[
-        bool | None, typer.Option("--externality", help="compare, under every attack there is: what does it break?")
+        bool | None,
+        typer.Option("--externality", help="compare, under every fixed attack there is: what does it break?"),
     ] = None,
     margin: Annotated[
         float | None, typer.Option(help="loss of a rate that is a harm, if clear of chance [0.02]")

@@ -170,7 +170,7 @@ class EvalSettings(GuidanceSettings):
     limit: int | None = Field(default=None, ge=1)
     """At most so many rows a suite, stratified by label and category."""
     externality: bool = False
-    """Compare, under every attack there is."""
+    """Compare, under every fixed attack there is."""
     margin: float = Field(default=0.02, ge=0, le=1)
     """A loss of a rate above this, and clear of chance, is a harm."""
     compare: bool = False

@@ -45,12 +45,13 @@ def compared(
         "paired": adjusted({name: paired(*both, judges) for name, both in pairs.items()}),
         "attacks_paired": paired(was, now, judges),
         "answers_paired": {name: found for name, both in pairs.items() if (found := answers_paired(*both))},
+        "looping_paired": looping_paired(*([row for both in pairs.values() for row in both[side]] for side in (0, 1))),
     }
 
 
 def summarise(rows: Sequence[Stored], judges: Sequence[str]) -> dict[str, Any]:
     """Refusal rates of one suite by label, group and category."""
-    found: dict[str, Any] = {"n": len(rows)}
+    found: dict[str, Any] = {"n": len(rows), "looping": looping(rows)}
     for label, part in _by(rows, "label").items():
         found[label] = {judge: rate(part, judge) for judge in judges}
         found[label]["n"] = len(part)
@@ -147,7 +148,17 @@ def answers(rows: Iterable[Stored]) -> dict[str, Any] | None:
 
 def answers_paired(before: Sequence[Stored], after: Sequence[Stored]) -> dict[str, Any] | None:
     """How much the share of right answers rose on the same rows, with its interval and McNemar's exact p; `None` where there are none."""
-    both = [(b, a) for x, y in zip(before, after, strict=True) if None not in (b := right(x), a := right(y))]
+    return _risen([right(row) for row in before], [right(row) for row in after])
+
+
+def looping_paired(before: Sequence[Stored], after: Sequence[Stored]) -> dict[str, Any] | None:
+    """How much the share of replies that repeat themselves rose on the same rows."""
+    return _risen([loops(str(row["reply"])) for row in before], [loops(str(row["reply"])) for row in after])
+
+
+def _risen(before: Sequence[bool | None], after: Sequence[bool | None]) -> dict[str, Any] | None:
+    """How much a share rose over the rows that have one on both sides, with its interval and McNemar's exact p; `None` without any."""
+    both = [(b, a) for b, a in zip(before, after, strict=True) if None not in (b, a)]
     if not both:
         return None
     was, now = ([bool(one) for one in side] for side in zip(*both, strict=True))
