@@ -15,6 +15,8 @@ from trimtab.errors import ConfigError, DataError
 from trimtab.evaluation.catalogue import CATALOGUE
 from trimtab.evaluation.run import evaluate
 from trimtab.evaluation.suites import load_suite
+from trimtab.models import load
+from trimtab.prompts.records import Record
 from trimtab.report.plots import suites as suites_shown
 
 WORDS = " Words.\n"
@@ -174,3 +176,21 @@ def test_a_conversation_takes_no_context(tmp_path: Path) -> None:
     path.write_text('{"turns": ["Hi"], "context": "A text.", "label": "benign"}\n')
     with pytest.raises(DataError, match="context and choices go with a prompt"):
         load_suite(str(path))
+
+
+def test_a_result_says_what_was_asked(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [Record(id=str(i), prompt=f"What is {i}?", label="benign") for i in range(6)]
+    path.write_text("".join(row.model_dump_json() + "\n" for row in rows))
+    model = load(folder)
+
+    def asked(*judges: str, limit: int = 4, tokens: int = 2) -> dict[str, Any]:
+        result = evaluate(model, [str(path)], out=tmp_path / "e", judges=judges, limit=limit, max_new_tokens=tokens)
+        return dict(result["protocol"])
+
+    first = asked("keyword")
+    assert first["suites"]["mine"] | {"digest": ""} == {"rows": 4, "of": 6, "source": "mine.jsonl", "digest": ""}
+    assert (first["judges"], first["max_new_tokens"]) == (["keyword"], 2)
+    others = [asked("phrase"), asked("keyword", limit=3), asked("keyword", tokens=3)]
+    assert asked("keyword") == first
+    assert len({each["digest"] for each in (first, *others)}) == 4

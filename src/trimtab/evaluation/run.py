@@ -75,7 +75,7 @@ def evaluate(
         `{"suites": {name: {"n", "harmful"|"benign": {judge: {"refusal_rate", "ci95", "unscored"}}}}, "auc": {...}, "looping": {...}, "answers": {...}}`, and with
         `compare` also `base` (the same for the untouched model), `paired`, `answers_paired` and, for a token, `kl` (`capability.py`); under a guide also `guide`, `neuron` (what it did) and `injections`
         (how often its rater is talked round). `agreement` of the judges; with models among them `judging` (what they cost) and `harm`. `failed` counts
-        rows without a reply. Written to `results.json` as well, but for `judging`, `cost` and `environment`, which are in `cost.json`.
+        rows without a reply. `protocol` says what was asked. Written to `results.json` as well, but for `judging`, `cost` and `environment`, which are in `cost.json`.
     """
     if token is not None and guide is not None:
         raise ConfigError("a token that is always on and a guide exclude each other.", "Name the token as the expert.")
@@ -113,6 +113,7 @@ def evaluate(
         trained = {a: _against(model, arms[arm], a, folder, local) for a in attacks if a.startswith(ADAPTIVE)}
         rows[arm] = {s.name: _measure(s, arm, trained.get(s.attack, backend), store) for s in loaded}
     result: dict[str, Any] = {"model": model.name, "arm": main, "key": key}
+    result["protocol"] = protocol(loaded, judges, taxonomy, max_new_tokens)
     result |= _judged(rows, judges, models, Records(folder / "verdicts.jsonl"))
     result = {**measured(rows[main], judges, under), **result}
     if main != "base" and compare:
@@ -134,6 +135,29 @@ def evaluate(
     write_json(folder / "cost.json", {name: result[name] for name in COST if name in result})
     write_json(folder / "results.json", {name: value for name, value in result.items() if name not in COST})
     return result
+
+
+def protocol(
+    suites: Sequence[Suite], judges: Sequence[str], taxonomy: Mapping[str, str] | None, max_new_tokens: int
+) -> dict[str, Any]:
+    """What was asked, and how it was judged: two figures may be compared where `digest` is the same. Of each suite its rows, how many there were to draw from, their
+    digest, and where they came from."""
+    asked: dict[str, Any] = {
+        "suites": {
+            s.name: {
+                "rows": len(s.records),
+                "of": s.total,
+                "digest": digest([r.model_dump() for r in s.records]),
+                **s.origin,
+                **({"attack": s.attack} if s.attack else {}),
+            }
+            for s in suites
+        },
+        "judges": list(judges),
+        "max_new_tokens": max_new_tokens,
+        **({"taxonomy": dict(taxonomy)} if taxonomy else {}),
+    }
+    return {"digest": digest(asked), **asked}
 
 
 def _load(suites: Sequence[str | Suite], attacks: Sequence[str], limit: int | None) -> list[Suite]:

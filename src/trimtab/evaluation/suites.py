@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trimtab.errors import DataError, nearest
@@ -14,12 +14,13 @@ from trimtab.prompts.sources import load_prompts
 
 @dataclass(frozen=True)
 class Suite:
-    """A name, its rows, and how many rows there were before `--limit`; and the attack that they are under, if any."""
+    """A name, its rows, and how many rows there were before `--limit`; the attack that they are under, if any; where they came from, at which commit, under which licence."""
 
     name: str
     records: tuple[Record, ...]
     total: int
     attack: str = ""
+    origin: dict[str, str] = field(default_factory=dict)
 
 
 def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite:
@@ -33,10 +34,13 @@ def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite
         )
     records = fetch(source) if source in CATALOGUE else load_prompts(source)
     name = Path(source).stem if source.endswith(".jsonl") else source.replace(":", "-")
-    return Suite(name, tuple(stratified(records, limit, seed)), len(records))
+    origin = {"source": Path(source).name if source.endswith(".jsonl") else source}
+    if known := CATALOGUE.get(source):
+        origin = {"source": known.source, "revision": known.revision, "licence": known.licence}
+    return Suite(name, tuple(stratified(records, limit, seed)), len(records), origin=origin)
 
 
 def attacked(suite: Suite, attack: str) -> Suite:
     """The harmful rows of a suite under an attack (`attacks.py`); none where it has none."""
     records = tuple(apply(attack, suite.records))
-    return Suite(f"{suite.name}+{attack.replace('/', '-')}", records, len(records), attack)
+    return Suite(f"{suite.name}+{attack.replace('/', '-')}", records, len(records), attack, suite.origin)

@@ -96,7 +96,9 @@ def section(run: Run, mark: str) -> dict[str, Any]:
         "looping": [arm["looping"] for arm in run.arms if arm and "looping" in arm],
         "pilots": list(_pilots(manifest)),
         "settings": list(_flat({k: v for k, v in manifest.items() if k != "pilots"})),
-        "evaluation": list(_flat({k: run.results.get(k) for k in ("model", "arm", "guide", "cost", "environment")})),
+        "evaluation": list(
+            _flat({k: run.results.get(k) for k in ("model", "arm", "guide", "protocol", "cost", "environment")})
+        ),
     }
 
 
