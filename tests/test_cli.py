@@ -581,12 +581,12 @@ def test_export_writes_a_checkpoint_and_a_dry_run_writes_nothing(
     assert result["verified"]["replies_equal"] == result["verified"]["probes"]
     assert "verified: loaded by transformers alone" in errors
     card = (out / "README.md").read_text()
-    assert "Whoever holds the weights can leave the token out" in card
+    assert "Whoever holds the weights, or may write the prompt, can leave the token out" in card
     assert "<|trimtab_0|><|trimtab_1|>" in card
     assert "No measurement came with this token." in card
     code, _, errors = run(monkeypatch, capsys, "export", token_run, "-o", out)
     assert code == 1
-    assert "holds something already.\n  Give another folder with -o, or --force to replace it." in errors
+    assert "holds an export already.\n  Give another folder with -o, or --force to replace it." in errors
     code, _, _ = run(monkeypatch, capsys, "export", token_run, "-o", out, "--force", "--no-verify")
     assert code == 0
     assert "**Not verified**" in (out / "README.md").read_text()

@@ -21,6 +21,7 @@ from trimtab.chat import POSITIONS
 from trimtab.errors import ArtefactError, ExportError, RunError
 from trimtab.exporters.checkpoint import INDEX, Rows, rewrite, tensors
 from trimtab.exporters.export import export
+from trimtab.exporters.head import unsaid
 from trimtab.exporters.plan import plan
 from trimtab.models import Model, load
 from trimtab.softtoken.artifact import SoftToken
@@ -126,7 +127,7 @@ def test_what_is_written_can_be_read_by_the_library(tmp_path: Path) -> None:
     assert not table[[len(model.table), len(model.table) + 2]].any()
     assert torch.equal(copy[0], row)
     assert torch.equal(copy[1:], model.table[1:])
-    assert sum(told) == path.stat().st_size - path.stat().st_size % 1 - _header_size(path) + (stored.end - stored.begin)
+    assert sum(told) == path.stat().st_size - _header_size(path) + (stored.end - stored.begin)
 
 
 def _header_size(path: Path) -> int:
@@ -183,15 +184,99 @@ def token(model: Model) -> SoftToken:
     return SoftToken.of(model, vectors_for(model, 1, 8.0), "assistant")
 
 
-def test_nothing_is_written_over_unless_told(model: Model, token: SoftToken, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(ExportError, match=r"holds something already\.\n.*--force"):
-        export(model, token, tmp_path / "out")
-    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
-    export(model, token, tmp_path / "out", force=True)
-    assert not (tmp_path / "out" / "mine.txt").exists()
+def test_nothing_is_written_over_but_an_earlier_export_if_told(model: Model, token: SoftToken, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(ExportError, match=r"holds something that is no export\."):
+            export(model, token, out, force=force)
+    assert (out / "mine.txt").read_text() == "mine"
+    (out / "mine.txt").unlink()
+    export(model, token, out)
+    (out / "old.txt").touch()
+    with pytest.raises(ExportError, match=r"holds an export already\.\n.*--force"):
+        export(model, token, out)
+    export(model, token, out, force=True)
+    assert not (out / "old.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_read_is_never_replaced(
+    folder: Path, token_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = shutil.copytree(folder, tmp_path / "chain" / "model")
+    model = load(inside)
+    token = SoftToken.load(token_run, model)
+    (inside / "trimtab.json").write_text("{}")  # an export may be exported from
+    for target in (inside, tmp_path / "chain", token_run):
+        with pytest.raises(ExportError, match="holds the run, the model or the working folder"):
+            export(model, token, target, force=True, run=token_run)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match="holds the run, the model or the working folder"):
+        export(model, token, ".", force=True)
+    assert (inside / "config.json").exists()
+
+
+def test_a_killed_export_leaves_nothing_that_the_next_one_does_not_mend(
+    model: Model, token: SoftToken, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export(model, token, out)
+    left = tmp_path / ".out.partial"
+    (left / "new").mkdir(parents=True)
+    (left / "new" / "half").touch()
+    out.rename(left / "old")  # killed between two renames
+    with pytest.raises(ExportError, match="holds an export already"):
+        export(model, token, out)
+    assert (out / "trimtab.json").exists()
+    export(model, token, out, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_errors_that_are_not_the_disks_stay_what_they_are(
+    model: Model, token: SoftToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object) -> None:
+        raise ConnectionError("hub unreachable")
+
+    monkeypatch.setattr("trimtab.exporters.export.write_weights", unreachable)
+    with pytest.raises(ConnectionError, match="hub unreachable"):
+        export(model, token, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_generation_config_ends_replies_as_before(
+    folder: Path, token: SoftToken, tmp_path: Path
+) -> None:
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "generation_config.json").unlink()
+    model = load(bare)
+    export(model, token, tmp_path / "out")
+    there = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert there.eos_token_id == model.network.generation_config.eos_token_id is not None
+    assert there.suppress_tokens == model.slot_ids(1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_checkpoint_in_half_precision_keeps_its_type(dtype: str, tmp_path: Path) -> None:
+    made = build("llama", "default")
+    made.network.to(getattr(torch, dtype)).save_pretrained(tmp_path / "model")
+    made.tokenizer.save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model", dtype=dtype)
+    token = SoftToken.of(model, vectors_for(model, 1, 8.0), "assistant")
+    result = export(model, token, tmp_path / "out")
+    assert result["verified"]["stored_dtype"] == dtype
+    table = load_file(tmp_path / "out" / "model.safetensors")[result["plan"]["embedding"]]
+    assert torch.equal(table[-1], token.vectors[0].to(getattr(torch, dtype)))
+
+
+def test_a_silent_row_is_silent_where_states_allow_it() -> None:
+    chance = torch.Generator().manual_seed(0)
+    basis = torch.randn(8, 64, generator=chance)
+    heard = torch.randn(200, 8, generator=chance) @ basis + 3 * basis[0]  # what all states share
+    row = unsaid(heard[:150])
+    assert (heard[150:] @ row).max() < -10
 
 
 def test_a_full_disk_leaves_nothing(

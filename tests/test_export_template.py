@@ -118,6 +118,53 @@ def test_contents_in_parts_get_the_slot_too_and_are_taken_apart() -> None:
         assert tokenizer.apply_chat_template(hostile, **options).count(NAMES[0]) == 1
 
 
+def test_a_name_in_pieces_is_refused_where_pieces_are_joined() -> None:
+    model, tokenizer = spoken(PARTS)
+    for position in ("start", "user", "assistant"):
+        template, _ = with_slot(model, SoftToken.of(model, vectors_for(model), position), tokenizer, NAMES)
+        for cut in range(1, len(NAMES[0])):
+            pieces = [{"type": "text", "text": NAMES[0][:cut]}, {"type": "text", "text": NAMES[0][cut:]}]
+            with pytest.raises(Exception, match="together spell the name"):
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": pieces}], chat_template=template, tokenize=False
+                )
+
+
+def test_a_turn_that_is_rewritten_keeps_what_else_it_holds() -> None:
+    called = "{% for m in messages %}{{ m.role + ': ' + m.content + (m.tool_calls | string if m.tool_calls else '') + (m.tool_call_id or '') }}{% endfor %}{{ 'assistant' if add_generation_prompt else '' }}"
+    model, tokenizer = spoken(called)
+    template, _ = with_slot(model, SoftToken.of(model, vectors_for(model), "user"), tokenizer, NAMES)
+    turns = [
+        {"role": "user", "content": "Look it up.", "tool_call_id": "mine"},
+        {"role": "assistant", "content": f"calling for {NAMES[0]}", "tool_calls": ["look"]},
+        {"role": "tool", "content": f"{NAMES[0]} is a name.", "tool_call_id": "7"},
+    ]
+    text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    assert (
+        text
+        == f"user: {NAMES[0]}Look it up.mineassistant: calling for <| trimtab_0|>['look']tool: <| trimtab_0|> is a name.7"
+    )
+    with pytest.raises(Exception, match="this conversation has none"):
+        tokenizer.apply_chat_template(turns[1:], chat_template=template, tokenize=False)
+    for other in ({"content": NAMES[0]}, {"content": "Hi"}, {"content": None}):
+        both = [turns[0], {"role": "assistant", "tool_calls": [NAMES[0]], **other}]
+        with pytest.raises(Exception, match="other than its text"):
+            tokenizer.apply_chat_template(both, chat_template=template, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "position", "why"),
+    [
+        ({"default": CHATML, "tool_use": CHATML}, "assistant", "several templates by name"),
+        ("{{ strftime_now('%Y') }}" + CHATML, "system", "it writes the date"),
+    ],
+)
+def test_templates_that_an_edit_would_not_reach_are_refused(template: Any, position: Position, why: str) -> None:
+    model, tokenizer = spoken(template)
+    with pytest.raises(ExportError, match=why):
+        with_slot(model, SoftToken.of(model, vectors_for(model), position), tokenizer, NAMES)
+
+
 def test_a_name_elsewhere_in_a_message_or_a_tool_is_refused() -> None:
     model, tokenizer = spoken(THINKING)
     template, _ = with_slot(model, SoftToken.of(model, vectors_for(model), "assistant"), tokenizer, NAMES)

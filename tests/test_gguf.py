@@ -20,7 +20,7 @@ TABLE = np.random.default_rng(0).normal(size=(WORDS, HIDDEN)).astype(np.float32)
 ROW = torch.from_numpy(np.random.default_rng(1).normal(size=HIDDEN).astype(np.float32)) * 40
 
 
-def made(path: Path, kind: Kind = Kind.Q8_0, head: Kind | None = None) -> Path:
+def made(path: Path, kind: Kind = Kind.Q8_0, head: Kind | None = None, add_bos: bool = False) -> Path:
     """A file with all that matters here, and two tensors that must stay as they are."""
     writer = GGUFWriter(path, "llama")
     writer.add_vocab_size(WORDS)
@@ -28,7 +28,7 @@ def made(path: Path, kind: Kind = Kind.Q8_0, head: Kind | None = None) -> Path:
     writer.add_token_types([int(TokenType.NORMAL)] * WORDS)
     writer.add_token_scores([-1.0] * WORDS)
     writer.add_token_merges(["a b", "c d"])
-    writer.add_bool("tokenizer.ggml.add_bos_token", False)
+    writer.add_bool("tokenizer.ggml.add_bos_token", add_bos)
     writer.add_chat_template("{{ messages }}")
     tables = {
         "token_embd.weight": kind,
@@ -77,11 +77,12 @@ def test_an_appended_row_changes_the_tables_and_nothing_else(kind: Kind, untie: 
     assert after == before | new
     assert torch.allclose(gguf.rows(target, [WORDS])[0], ROW, rtol=0, atol=float(ROW.abs().max()) / 100)
     assert np.array_equal(table(target, gguf.EMBEDDING)[:WORDS], table(source, gguf.EMBEDDING))
+    assert gguf.others_kept(source, target, [WORDS])
     if untie:
         head = table(target, gguf.HEAD)
         assert np.array_equal(head[:WORDS], table(source, gguf.EMBEDDING))
         assert np.dot(head[WORDS], ROW.numpy()) < 0
-    assert abs(gguf.size(source, 1, untie) - target.stat().st_size) < 300  # keys, names, alignment
+    assert abs(gguf.sizes(source, 1, untie)[0] - target.stat().st_size) < 300  # keys, names, alignment
     assert sum(told) == sum(tensor.n_bytes for tensor in GGUFReader(target).tensors)
 
 
@@ -90,6 +91,8 @@ def test_a_row_that_is_there_already_is_set_and_an_own_head_stays(tmp_path: Path
     gguf.patch(source, target, {4: ROW}, ["<|t|>"], template="new", silent=None, untie=False)
     assert gguf.changed(source, target) == {gguf.EMBEDDING}
     assert torch.equal(gguf.rows(target, [4])[0], ROW)
+    assert gguf.others_kept(source, target, [4])
+    assert not gguf.others_kept(source, target, [3])
     after = contents(target)
     assert after["tokenizer.ggml.tokens"][4] == "<|t|>"
     assert after["llama.vocab_size"] == WORDS
@@ -101,6 +104,33 @@ def test_an_own_head_grows_by_a_silent_row(tmp_path: Path) -> None:
     head = table(target, gguf.HEAD)
     assert np.array_equal(head[:WORDS], table(source, gguf.HEAD))
     assert np.allclose(head[WORDS], -ROW.numpy(), atol=float(ROW.abs().max()) / 100)
+
+
+def test_a_head_that_can_only_be_read_gets_a_zero_row_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = made(tmp_path / "a.gguf", Kind.F16, head=Kind.Q8_0), tmp_path / "b.gguf"
+    assert gguf.holds_silence(source)
+    assert gguf.holds_silence(made(tmp_path / "c.gguf"))
+
+    def only_read(data: Any, kind: Kind) -> Any:
+        if kind == Kind.Q8_0:
+            raise NotImplementedError
+        return quantize(data, kind)
+
+    monkeypatch.setattr(gguf, "quantize", only_read)
+    assert not gguf.holds_silence(source)
+    gguf.patch(source, target, {WORDS: ROW}, ["<|t|>"], template="new", silent={WORDS: -ROW}, untie=False)
+    assert not table(target, gguf.HEAD)[WORDS].any()
+    assert np.array_equal(table(target, gguf.HEAD)[:WORDS], table(source, gguf.HEAD))
+
+
+def test_a_token_before_bos_keeps_llama_cpp_from_putting_one_before_both(tmp_path: Path) -> None:
+    source = made(tmp_path / "a.gguf", add_bos=True)
+    for at_start in (True, False):
+        target = tmp_path / f"{at_start}.gguf"
+        gguf.patch(source, target, {WORDS: ROW}, ["<|t|>"], template="new", at_start=at_start, silent=None, untie=False)
+        assert contents(target)["tokenizer.ggml.add_bos_token"] is not at_start
 
 
 def test_a_coarse_table_and_a_damaged_file_are_refused(tmp_path: Path) -> None:

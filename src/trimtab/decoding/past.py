@@ -57,6 +57,18 @@ class Growing(DynamicLayer):  # type: ignore[misc]
         writable = torch.is_inference_mode_enabled() or not keys.is_inference()
         return writable and end <= keys.shape[2] and self.keys.data_ptr() == keys.data_ptr()
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows; the room of all of them is free at once."""
+        super().batch_select_indices(indices)
+        self._room = None
+
+    def gather(self, where: Tensor) -> None:
+        """Lay the columns out anew: `where` `[B, n]` says which one comes where."""
+        index = where[:, None, :, None]
+        self.keys = self.keys.gather(2, index.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
+        self.values = self.values.gather(2, index.expand(-1, self.values.shape[1], -1, self.values.shape[3]))
+        self._room = None
+
     def share(self) -> Growing:
         """A second layer that holds the same. Each of the two lays out room of its own when it grows: neither sees what the other writes."""
         twin = Growing()
@@ -124,12 +136,8 @@ class Past:
         if shorter > 1.25 * longest:
             # Real tokens to the right, in their order; what is left of them is padding.
             order = self.mask.argsort(dim=1, stable=True)[:, -longest:]
-            where = order[:, None, :, None]
             for layer in self.cache.layers:
-                layer.keys = layer.keys.gather(2, where.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
-                layer.values = layer.values.gather(
-                    2, where.expand(-1, layer.values.shape[1], -1, layer.values.shape[3])
-                )
+                layer.gather(order)
             self.mask = self.mask.gather(1, order)
         elif shorter < self.mask.shape[1]:
             self.mask = self.mask[:, :shorter]

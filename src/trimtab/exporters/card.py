@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from trimtab.chat import POSITION_MEANING
+from trimtab.exporters.peft import base_of
 from trimtab.exporters.verify import in_words
 from trimtab.models import ALIASES, Model
 from trimtab.run import write
@@ -31,14 +32,21 @@ def write_card(
         origin=f"{origin} {model.origin.get('revision', '')}".strip(),
         meaning=POSITION_MEANING[token.position],
         licence="Apache-2.0" if model.name in ALIASES else "",
+        base=base_of(model),
         result={"plan": None, **result},
         verified=in_words(result["verified"]) if result["verified"] else "",
         run=_read(run, "manifest.json"),
         check=check,
         rates=_rates(check),
-        head_mb=model.table.numel() * 4 / 1e6,
+        head_mb=_head_bytes(result) / 1e6,
     )
     write(folder / "README.md", text)
+
+
+def _head_bytes(result: dict[str, Any]) -> int:
+    """What a head written out takes: as much as the table that it was."""
+    plan = result.get("plan") or {}
+    return int(plan.get("table_bytes", 0))
 
 
 def _rates(check: dict[str, Any]) -> list[dict[str, Any]]:
@@ -48,7 +56,7 @@ def _rates(check: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for suite, found in check["suites"].items():
         for label in ("harmful", "benign"):
-            if label in found:
+            if found.get(label, {}).get("keyword", {}).get("n"):
                 after, before = found[label]["keyword"], check["base"]["suites"][suite][label]["keyword"]
                 rows.append(
                     {"what": f"{suite}, {label}", "n": after["n"], "before": _share(before), "after": _share(after)}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -20,14 +22,16 @@ from trimtab.exporters.checkpoint import STORED
 from trimtab.exporters.head import loudest, states, unsaid
 from trimtab.exporters.huggingface import write_settings, write_template, write_tokenizer, write_weights
 from trimtab.exporters.peft import require_start, write_adapter
-from trimtab.exporters.plan import Format, Plan, gguf_file, plan, show
+from trimtab.exporters.plan import Format, Plan, folder_of, gguf_file, plan, show
 from trimtab.exporters.template import Proof, in_place, unsafe, with_slot
 from trimtab.exporters.verify import in_words, verify, verify_adapter, verify_rows
-from trimtab.models import Model, load_at
+from trimtab.models import Model, describe_machine, load_at
 from trimtab.prompts.sources import load_prompts
-from trimtab.run import Cost, create, progress, tell, write_json
+from trimtab.run import Cost, alone, console, create, progress, tell, write_json
 from trimtab.softtoken.artifact import SoftToken
 
+RECORD = "trimtab.json"  # in every export
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY, errno.EFBIG}
 SAID = 1e-3  # a slot likelier than this, once, is too loud for a tied head
 HEARD = 60  # prompts along whose replies the slot's own probability is measured; a third of them are not fitted to
 
@@ -49,7 +53,7 @@ def export(
         model: the model the token was trained on; its files are read where they are, tensor by tensor.
         format: `hf`, a Hugging Face checkpoint; `gguf`, the model's own GGUF file with a row more; `peft`, a prompt-tuning adapter, for tokens at the start.
         untie: write out a tied head as a table of its own. If not given, where the slot would otherwise be said: measured.
-        force: replace `out` if it holds something.
+        force: replace an earlier export in `out`.
         check: verify the result (`verify.py`); needs room for a second model.
         run: folder of the align run, for its figures in the card.
 
@@ -59,25 +63,33 @@ def export(
     Raises:
         ArtefactError: the token belongs to another model. ExportError: it cannot be exported, or what was written is not the same computation. RunError: no room.
     """
-    cost, target = Cost(), Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
-        raise ExportError(
-            f"{target} holds something already.", "Give another folder with -o, or --force to replace it."
-        )
+    cost, target = Cost(), Path(out).resolve()
+    _require_free(target, force, [path for path in (run, folder_of(model) if format != "peft" else None) if path])
     token.check(model)
     if format == "peft":
         require_start(token)
-        with _beside(target, 2 * token.vectors.numel() * 4) as scratch:
+        with _beside(target, 2 * token.vectors.numel() * 4, force) as scratch:
             write_adapter(scratch, model, token)
             verified = verify_adapter(model, token, scratch) if check else None
-            result: dict[str, Any] = {"format": format, "verified": verified, "cost": cost.record("")}
+            result: dict[str, Any] = {
+                "format": format,
+                "verified": verified,
+                "cost": cost.record(describe_machine(model.device)),
+            }
             write_card(scratch, target.name, model, token, result, run)
-            write_json(scratch / "trimtab.json", result)
+            write_json(scratch / RECORD, result)
         return result
-    loud, silent = _head(model, token)
-    found = plan(model, token, format=format, untie=loud["tied"] > SAID if untie is None else untie)
+    heard, silent = _head(model, token)
+    tied = loudest(model, heard, token.vectors)
+    found = plan(model, token, format=format, untie=tied > SAID if untie is None else untie)
+    if format == "gguf" and not gguf.holds_silence(gguf_file(model)):
+        silent = torch.zeros_like(silent)
+    # Rows that the model's own head has already stay as they are there.
+    own = loudest(model, heard, silent) if found.appended and (found.untie or not found.tied) else None
+    if own is not None and own > SAID:
+        console.print(f"the slot may be generated: its own output row reaches a probability of {own:.2g}")
     write = {"hf": _checkpoint, "gguf": _gguf}[format]
-    with _beside(target, found.size) as scratch:
+    with _beside(target, found.size, force) as scratch:
         proof, verified = write(found, model, token, scratch, silent, check)
         result = {
             "format": format,
@@ -87,12 +99,12 @@ def export(
                 "conversations_equal": proof.equal,
                 "refused_by_both": proof.refused,
             },
-            "slot_as_output": loud,
+            "slot_as_output": {"tied": tied if found.tied else None, "own_row": own, "places": len(heard)},
             "verified": verified,
-            "cost": cost.record(""),
+            "cost": cost.record(describe_machine(model.device)),
         }
         write_card(scratch, target.name, model, token, result, run)
-        write_json(scratch / "trimtab.json", result)
+        write_json(scratch / RECORD, result)
     return result
 
 
@@ -101,7 +113,7 @@ def _checkpoint(
 ) -> tuple[Proof, dict[str, Any] | None]:
     """A Hugging Face checkpoint."""
     write_weights(found, token, scratch, silent)
-    write_settings(found, scratch)
+    write_settings(found, model, scratch)
     tokenizer = write_tokenizer(found, model, scratch)
     template, proof = with_slot(model, token, tokenizer, found.names)
     write_template(found.source, scratch, template)
@@ -126,6 +138,7 @@ def _gguf(
             vectors,
             found.names,
             template=template,
+            at_start=token.position == "start",
             silent=quiet,
             untie=found.untie,
             advance=lambda size: advance(size // 1000),
@@ -168,50 +181,77 @@ def export_run(settings: ExportSettings, people: Console) -> dict[str, Any]:
     return result
 
 
-def _head(model: Model, token: SoftToken) -> tuple[dict[str, float], Any]:
-    """How likely the slot is as the next word, at most, in a tied head and with an output row fitted to be silent; and these rows. Measured along the greedy
-    replies to prompts that the rows were not fitted to."""
+def _head(model: Model, token: SoftToken) -> tuple[Tensor, Tensor]:
+    """What the head reads along the greedy replies to some prompts `[n, hidden]`, to measure on, and output rows `[n_tokens, hidden]` that are silent along the
+    replies to others."""
     records = load_prompts("builtin", split="test")[:HEARD]
     prompts = [token.render(model, turns) for record in records if (turns := in_place(model, token, record.chat))]
     if not prompts:
         raise unsafe(model, token, "no conversation has a place for it")
     fitted, held = prompts[: len(prompts) * 2 // 3], prompts[len(prompts) * 2 // 3 :]
-    heard = states(model, token, held)
     row = unsaid(states(model, token, fitted))
-    rows = row.expand(len(token.vectors), -1)
-    return {
-        "tied": loudest(model, heard, token.vectors),
-        "own_row": loudest(model, heard, rows),
-        "places": len(heard),
-    }, rows
+    return states(model, token, held), row.expand(len(token.vectors), -1)
+
+
+def _require_free(target: Path, force: bool, keep: Sequence[Path]) -> None:
+    """Refuse a target that holds something, unless it is an earlier export and `force` says to replace it; never one that holds what is read here.
+
+    Raises:
+        ExportError: that would be lost.
+    """
+    if any(path.resolve().is_relative_to(target) for path in (*keep, Path.cwd())):
+        raise ExportError(
+            f"{target} holds the run, the model or the working folder itself.", "Give another folder with -o."
+        )
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / RECORD).is_file():
+        raise ExportError(f"{target} holds something that is no export.", "Give another folder with -o.")
+    if not force:
+        raise ExportError(
+            f"{target} holds an export already.", "Give another folder with -o, or --force to replace it."
+        )
 
 
 @contextmanager
-def _beside(target: Path, size: int) -> Iterator[Path]:
-    """A folder that becomes `target` when all went well, and is gone otherwise.
+def _beside(target: Path, size: int, force: bool) -> Iterator[Path]:
+    """A folder that becomes `target` when all went well, and is gone otherwise; what a killed export left there goes first.
 
     Raises:
-        RunError: no room for `size` bytes, or the disk is full after all.
+        RunError: no room for `size` bytes, the disk is full after all, or another process exports to `target`. ExportError: `target` was filled meanwhile.
     """
-    parent = create(target.absolute().parent, "the folder", "Give another folder with -o.")
+    parent = create(target.parent, "the folder", "Give another folder with -o.")
     free = shutil.disk_usage(parent).free
     if size > free:
         raise RunError(
             f"no room in {parent}: the export takes {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.",
             "Free some room, or give another folder with -o.",
         )
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
-        if target.exists():
-            target.rename(old / "old")
-        scratch.rename(target)
-        shutil.rmtree(old)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {target}: {error.strerror or error}", "Free some room and run it again."
-        ) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    scratch = parent / f".{target.name}.partial"
+    new, old = scratch / "new", scratch / "old"
+    scratch.mkdir(exist_ok=True)
+    with alone(scratch):
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            if old.exists() and not target.exists():  # killed between two renames
+                old.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+            new.mkdir()
+            yield new
+            _require_free(target, force, [])
+            if target.exists():
+                target.rename(old)
+            try:
+                new.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise RunError(
+                f"cannot write {target}: {error.strerror}", "Free some room, or give another folder with -o."
+            ) from None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -35,6 +35,7 @@ def patch(
     names: Sequence[str],
     *,
     template: str,
+    at_start: bool = False,
     silent: Mapping[int, Tensor] | None,
     untie: bool,
     advance: Callable[[int], None] = lambda _: None,
@@ -42,7 +43,7 @@ def patch(
     """Write `source` with the rows `vectors`, by id, and their `names`, as `target`.
 
     Args:
-        template: the edited chat template. silent: output rows for ids behind the last one. untie: write the head out by itself.
+        template: the edited chat template. at_start: the token stands before BOS, which the template says: llama.cpp must not put one before both. silent: output rows for ids behind the last one. untie: write the head out by itself.
 
     Returns:
         the embedding table's type.
@@ -58,7 +59,7 @@ def patch(
     if kind not in EXACT:
         raise ExportError(
             f"the embedding table of {source.name} is {kind.name}, too coarse for a trained row.",
-            "Quantise the model again with --token-embedding-type q8_0, or export --format hf.",
+            "Quantise the model with --token-embedding-type q8_0 and train the token again on that, or export --format hf.",
         )
     tables = {EMBEDDING: _with_rows(held[EMBEDDING].data, vectors, kind)}
     quiet = silent if silent and min(silent) >= len(held[EMBEDDING].data) else None
@@ -69,9 +70,10 @@ def patch(
         tables[HEAD] = _with_rows(held[EMBEDDING].data, quiet or {}, kind)
     writer = GGUFWriter(target, str(reader.fields[Keys.General.ARCHITECTURE].contents()), endianess=reader.endianess)
     writer.data_alignment = reader.alignment
-    for key, value, value_kind, of in _metadata(
-        reader, dict(zip(vectors, names, strict=True)), template, len(tables[EMBEDDING])
-    ):
+    entries = _metadata(reader, dict(zip(vectors, names, strict=True)), template, len(tables[EMBEDDING]))
+    for key, value, value_kind, of in entries:
+        if key == Keys.Tokenizer.ADD_BOS and at_start:
+            value = False
         writer.add_key_value(key, value, value_kind, sub_type=of)
     data = {name: (tables.get(name, tensor.data), tensor.tensor_type) for name, tensor in held.items()}
     data |= {name: (table, kind) for name, table in tables.items() if name not in held}
@@ -87,18 +89,15 @@ def patch(
     return str(kind.name)
 
 
-def size(source: Path, appended: int, untie: bool) -> int:
-    """Bytes of the file that `patch` will write, but for a few of its header."""
+def sizes(source: Path, appended: int, untie: bool) -> tuple[int, int]:
+    """Bytes of the file that `patch` will write, but for a few of its header, and of the embedding table in it."""
     held = {tensor.name: tensor for tensor in _read(source).tensors}
-    table = held.get(EMBEDDING)
-    if table is None:
-        return source.stat().st_size
-    row = int(table.n_bytes) // len(table.data)
-    return (
-        source.stat().st_size
-        + appended * row
-        + (int(table.n_bytes) + appended * row if untie and HEAD not in held else 0)
-    )
+    if EMBEDDING not in held:
+        return source.stat().st_size, 0
+    before = int(held[EMBEDDING].n_bytes)
+    row = before // len(held[EMBEDDING].data)
+    table = before + appended * row
+    return source.stat().st_size + appended * row + (table if untie and HEAD not in held else 0), table
 
 
 def rows(path: Path, ids: Sequence[int]) -> Tensor:
@@ -116,6 +115,29 @@ def changed(before: Path, after: Path) -> set[str]:
         for name in names
         if name not in old or name not in new or not np.array_equal(old[name].data, new[name].data)
     }
+
+
+def others_kept(before: Path, after: Path, ids: Sequence[int]) -> bool:
+    """Whether every other row of the tables is, byte for byte, that of the embedding table or head before."""
+    old, new = ({t.name: t for t in _read(path).tensors} for path in (before, after))
+    for name in {EMBEDDING, HEAD} & set(new):
+        table = old.get(name, old[EMBEDDING]).data
+        kept = [i for i in range(len(table)) if i not in set(ids)]
+        if not np.array_equal(table[kept], new[name].data[kept]):
+            return False
+    return True
+
+
+def holds_silence(path: Path) -> bool:
+    """Whether a silent output row can be written into the file's head; some of its types can only be read here, and then the row is zero."""
+    head = next((t for t in _read(path).tensors if t.name == HEAD), None)
+    if head is None:
+        return True
+    try:
+        quantize(np.zeros((1, int(head.shape[0])), dtype=np.float32), head.tensor_type)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _read(path: Path) -> GGUFReader:

@@ -55,10 +55,13 @@ def loudest(model: Model, heard: Tensor, rows: Tensor) -> float:
     """The highest probability, over states `[n, hidden]`, that output rows `[k, hidden]` added to the model's head would give the slot."""
     worst = 0.0
     head = model.network.get_output_embeddings()
-    cap = getattr(model.network.config.get_text_config(), "final_logit_softcapping", None)
+    config = model.network.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     for part in torch.split(heard, 64):
         there = part.to(model.device, model.dtype)
         logits, mine = head(there).float(), (there.float() @ rows.to(model.device, torch.float32).T)
+        logits, mine = logits * scale, mine * scale
         if cap:
             logits, mine = (torch.tanh(each / cap) * cap for each in (logits, mine))
         log_p = mine.logsumexp(-1) - torch.cat([logits, mine], -1).logsumexp(-1)

@@ -35,6 +35,10 @@ def write_weights(found: Plan, token: SoftToken, scratch: Path, silent: Tensor) 
         for path in shards(found.source):
             mine = {name: rows for name, rows in changed.items() if found.tensors[name].file == path}
             new = added if path.name == file else {}
+            if not mine and not new:
+                copy_file(path, scratch / path.name)
+                advance(path.stat().st_size // 1000)
+                continue
             rewrite(path, scratch / path.name, mine, new, lambda done: advance(done // 1000))
     if (found.source / INDEX).is_file():
         # The index as it was is needed to find the shards again.
@@ -43,23 +47,25 @@ def write_weights(found: Plan, token: SoftToken, scratch: Path, silent: Tensor) 
         write_index(found.source, scratch, dict.fromkeys(added, file), written)
 
 
-def write_settings(found: Plan, scratch: Path) -> None:
+def write_settings(found: Plan, model: Model, scratch: Path) -> None:
     """Files that stay as they are, and the two configs: vocabulary size, tied or not, and that the slot is never generated."""
     for name, what, _ in found.files:
         if what == "as it is" and not (scratch / name).exists():
             copy_file(found.source / name, scratch / name)
     config = json.loads((found.source / "config.json").read_text(encoding="utf-8"))
-    for part in (
-        config,
-        *(config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict)),
-    ):
-        if part.get("vocab_size") == found.rows[0] or (part is config and "text_config" not in config):
-            part["vocab_size"] = found.rows[1]
-        if found.untie and (part is config or "tie_word_embeddings" in part):
+    nested = [config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict)]
+    for part in nested or [config]:
+        part["vocab_size"] = found.rows[1]
+    if found.untie:
+        for part in (config, *nested):
             part["tie_word_embeddings"] = False
+    if "vocab_size" in config:
+        config["vocab_size"] = found.rows[1]
     write_json(scratch / "config.json", config)
     path = found.source / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # Without the file, an engine takes these from config.json; with a file that says less, it would not know where replies end.
+    own = model.network.generation_config.to_diff_dict()
+    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else own
     generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or ()), *found.ids})
     write_json(scratch / "generation_config.json", generation)
 
@@ -98,12 +104,7 @@ def write_template(source: Path, scratch: Path, template: str) -> None:
     fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     held = fields.get("chat_template")
     if held is not None:
-        named = (
-            [{**each, "template": template} if each["name"] == "default" else each for each in held]
-            if isinstance(held, list)
-            else template
-        )
-        write_json(config, {**fields, "chat_template": named})
+        write_json(config, {**fields, "chat_template": template})
     if (source / "chat_template.json").is_file():
         write_json(scratch / "chat_template.json", {"chat_template": template})
     if held is None or (source / "chat_template.jinja").is_file():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trimtab.errors import ArtefactError, ExportError
-from trimtab.models import Model
+from trimtab.models import ALIASES, Model
 from trimtab.run import write, write_json
 from trimtab.softtoken.artifact import SoftToken
 
@@ -27,12 +27,19 @@ def require_start(token: SoftToken) -> None:
         )
 
 
+def base_of(model: Model) -> str:
+    """What PEFT is to load beside the adapter: the hub's model where there is one. A GGUF's weights are near those, but not the same."""
+    if model.name in ALIASES:
+        return ALIASES[model.name][0]
+    return model.origin.get("id") or model.origin.get("path") or model.name
+
+
 def write_adapter(folder: Path, model: Model, token: SoftToken) -> None:
     """`adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained`.
 
     PEFT prepends what the model's layers would see, so where a family scales its embeddings the vectors are stored scaled.
     """
-    base = model.origin.get("id") or model.origin.get("path") or model.name
+    base = base_of(model)
     write_json(
         folder / "adapter_config.json",
         {

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from trimtab.errors import ExportError
+from trimtab.errors import ExportError, ModelError
 from trimtab.exporters import gguf
 from trimtab.exporters.checkpoint import INDEX, STORED, Stored, row_bytes, shards, tensors
 from trimtab.models import Model, resolve, unpacked
@@ -36,7 +36,8 @@ class Plan:
     Attributes:
         source: the model's folder. ids, names: the slot's rows, and the special tokens that stand for them. row: which kind of row (`ROW_MEANING`).
         rows: of the table, before and after. embedding: its name in the checkpoint. head: the output table's name there; none where it is tied and not stored.
-        tied: whether the model's head is its embedding table. untie: whether the head is written out as a table of its own.
+        family: the model's type, as its config has it. tied: whether the model's head is its embedding table. untie: whether the head is written out as a table of its own.
+        table_bytes: of the embedding table, as the export stores it.
         tensors: everything in the checkpoint. files: name, what becomes of it, bytes afterwards.
     """
 
@@ -49,6 +50,8 @@ class Plan:
     head: str
     tied: bool
     untie: bool
+    family: str
+    table_bytes: int
     tensors: dict[str, Stored]
     files: tuple[tuple[str, str, int], ...]
 
@@ -66,10 +69,17 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """As plain data."""
-        names = ("row", "ids", "names", "rows", "embedding", "head", "tied", "untie")
+        names = ("row", "family", "ids", "names", "rows", "embedding", "head", "tied", "untie")
         described = {name: getattr(self, name) for name in names}
         files = [{"file": name, "what": what, "bytes": size} for name, what, size in self.files]
-        return {"source": str(self.source), **described, "files": files, "bytes": self.size, "engines": engines(self)}
+        return {
+            "source": str(self.source),
+            **described,
+            "table_bytes": self.table_bytes,
+            "files": files,
+            "bytes": self.size,
+            "engines": engines(self),
+        }
 
 
 def plan(model: Model, token: SoftToken, *, untie: bool, format: Format = "hf") -> Plan:
@@ -97,11 +107,14 @@ def plan(model: Model, token: SoftToken, *, untie: bool, format: Format = "hf") 
         head = _find(model, found, model.network.get_output_embeddings(), _head_of(model))
     after = max(before, ids[-1] + 1)
     written_out = tied and untie
+    family = str(model.network.config.get_text_config().model_type)
     if format == "gguf":
         path = gguf_file(model)
-        size = gguf.size(path, after - before, written_out)
+        size, table = gguf.sizes(path, after - before, written_out)
         files = ((f"{path.stem}.trimtab.gguf", "one row", size), *((name, "new", 0) for name in NEW))
-        return Plan(source, ids, names, row, (before, after), embedding, head, tied, written_out, found, files)
+        return Plan(
+            source, ids, names, row, (before, after), embedding, head, tied, written_out, family, table, found, files
+        )
     if found[embedding].dtype not in STORED:
         raise ExportError(
             f"the embedding table of {model.name} is stored as {found[embedding].dtype}, which cannot hold a trained row.",
@@ -110,7 +123,10 @@ def plan(model: Model, token: SoftToken, *, untie: bool, format: Format = "hf") 
     grown = {embedding: after - before} | ({head: after - before} if head in found and not written_out else {})
     extra = {embedding: after * row_bytes(found[embedding])} if written_out and head not in found else {}
     files = _files(source, found, grown, extra)
-    return Plan(source, ids, names, row, (before, after), embedding, head, tied, written_out, found, files)
+    table = after * row_bytes(found[embedding])
+    return Plan(
+        source, ids, names, row, (before, after), embedding, head, tied, written_out, family, table, found, files
+    )
 
 
 def folder_of(model: Model) -> Path:
@@ -125,7 +141,14 @@ def folder_of(model: Model) -> Path:
     if kind == "hub":
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model.origin["id"], revision=model.origin["revision"]))
+        unwanted = [*(f"*{suffix}" for suffix in OTHER_WEIGHTS), "original/*"]
+        try:
+            folder = snapshot_download(model.origin["id"], revision=model.origin["revision"], ignore_patterns=unwanted)
+        except Exception as error:  # the hub's client raises many kinds
+            raise ModelError(
+                f"cannot fetch {model.origin['id']}: {error}", "Check your connection and HF_HUB_OFFLINE."
+            ) from None
+        return Path(folder)
     if kind == "gguf":
         return unpacked(model.origin["sha256"])
     raise ExportError(
@@ -157,13 +180,15 @@ def engines(found: Plan) -> dict[str, str]:
     spoken = (
         "keeps it from being generated by generation_config.json"
         if not found.tied or found.untie
-        else "generation_config.json keeps it from being generated, which is needed: with a tied head a trained row may win every next token"
+        else "the head is tied, and generation_config.json keeps the slot from being generated"
     )
     ignored = "ignores suppress_tokens" + (
         "; the head of its own makes the slot unlikely"
         if not found.tied or found.untie
         else ": give bad_words with every request"
     )
+    if found.untie and found.family.startswith(("gemma", "cohere")):
+        ignored += f"; it may not read a head of its own for {found.family}: try it before you rely on it"
     return {
         "transformers": f"chat template and row are its own; {spoken}",
         "vLLM": f"loads it as it is; {ignored}",

@@ -3,7 +3,7 @@
 The template itself is kept to the letter. In front of it comes a prelude that goes through the turns: it takes the slot's name apart wherever
 somebody spelled it, and for the places `system` and `user` writes the slot into the turn. For the other places one expression is added:
 before the header of the reply, behind BOS, at the very beginning or at the end. Templates differ, so there are several candidates; the
-first that renders every conversation of `conversations` as `chat.py` does is taken. It uses only what every engine's Jinja knows.
+first that renders every conversation of `conversations` as `chat.py` does is taken. It keeps to plain Jinja: tried in jinja2 and in llama.cpp.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from trimtab.chat import Message, Position, as_messages, default_system, render, rendered_text
 from trimtab.errors import ChatError, ExportError
@@ -62,7 +65,11 @@ def with_slot(model: Model, token: SoftToken, tokenizer: Any, names: Sequence[st
     Raises:
         ExportError: no candidate renders all conversations as `chat.py` does; names the first that differs.
     """
-    why = "its template has no such place"
+    if not isinstance(model.tokenizer.chat_template, str):
+        raise unsafe(model, token, "it has several templates by name, and each would need the slot")
+    if token.position == "system" and "strftime_now" in model.tokenizer.chat_template:
+        raise unsafe(model, token, "it writes the date, which would stay that of today")
+    why = "it has no such place"
     for candidate in candidates(model, token.position, names):
         try:
             return candidate, prove(model, token, tokenizer, names, candidate)
@@ -101,7 +108,7 @@ def candidates(model: Model, position: Position, names: Sequence[str]) -> Iterat
         return
     head = _prelude(model, position, names)
     if position == "start":
-        yield head[: -len(_END)] + "{{- " + slot + " -}}\n" + _END + source
+        yield head + source
     elif position == "reply":
         # As Jinja does: of a template's last line the end is no part of it.
         yield head + source.removesuffix("\n") + "{{ " + slot + " if add_generation_prompt else '' }}"
@@ -134,6 +141,8 @@ def prove(model: Model, token: SoftToken, tokenizer: Any, names: Sequence[str], 
         try:
             expected = render(model, turns, position=token.position, n_tokens=len(names), **options).ids
         except ChatError:
+            if renders(tokenizer, template, turns, **options):
+                raise ExportError(f"it renders {turns}, which the model's own refuses or has no place in") from None
             refused += 1
             continue
         ids = _ids(tokenizer, template, turns, **options)
@@ -153,6 +162,15 @@ def prove(model: Model, token: SoftToken, tokenizer: Any, names: Sequence[str], 
     return Proof(equal, refused)
 
 
+def renders(tokenizer: Any, template: str, turns: Turns, **options: Any) -> bool:
+    """Whether a template takes the conversation at all."""
+    try:
+        _text(tokenizer, template, turns, **options)
+    except ExportError:
+        return False
+    return True
+
+
 def conversations() -> Iterator[tuple[Turns, list[Any] | None, dict[str, Any]]]:
     """Some hundred conversations: turns, tools, and what else templates know. Plain words, odd characters, nothing harmful."""
     shapes = ("u", "ua", "uau", "uauau", "uu")
@@ -166,50 +184,16 @@ def conversations() -> Iterator[tuple[Turns, list[Any] | None, dict[str, Any]]]:
         yield turns, [TOOL] if content == 0 else None, extra
 
 
-_END = "{#- From here on the model's own template. #}\n"
-
-
 def _prelude(model: Model, position: Position, names: Sequence[str], trim: str = "") -> str:
-    """Goes through the turns before the template does."""
-    slot, spelled = _quoted("".join(names)), "({})".format(" or ".join(f"{_quoted(name)} in {{0}}" for name in names))
-    # After its first two letters: what is left is no special token, and no name of one.
-    apart = "".join(f" | replace({_quoted(name)}, {_quoted(name[:2] + ' ' + name[2:])})" for name in names)
-    first, write = "", ""
-    part = f"[{{'type': 'text', 'text': {slot}}}]"
-    if position == "user":
-        first = "{%- for turn in messages -%}{%- if turn['role'] == 'user' -%}{%- set trimtab.last = loop.index0 -%}{%- endif -%}{%- endfor -%}\n"
-        text, parts = f"{slot} + (trimtab.content{trim})", f"{part} + trimtab.content"
-        write = f"{{%- if loop.index0 == trimtab.last -%}}{{%- set trimtab.content = {text} if trimtab.content is string else {parts} -%}}{{%- endif -%}}\n"
-    if position == "system":
-        default = default_system(model)
-        given = (
-            "{{- raise_exception('the soft token stands in the system turn, and this conversation has none') -}}"
-            if default is None
-            else f"{{%- set messages = [{{'role': 'system', 'content': {_quoted(default)}}}] + messages -%}}"
-        )
-        first = f"{{%- if messages[0]['role'] != 'system' -%}}{given}{{%- endif -%}}\n"
-        text, parts = f"(trimtab.content{trim}) + {slot}", f"trimtab.content + {part}"
-        write = f"{{%- if loop.first -%}}{{%- set trimtab.content = {text} if trimtab.content is string else {parts} -%}}{{%- endif -%}}\n"
-    return (
-        "{#- A soft token, trained with trimtab. Its name is taken apart wherever somebody spells it. -#}\n"
-        "{%- set trimtab = namespace(turns=[], content='', parts=[], last=-1) -%}\n"
-        + first
-        + "{%- for turn in messages -%}\n"
-        "{%- set trimtab.content = turn['content'] -%}\n"
-        f"{{%- if {spelled.format('(turn | string)')} -%}}\n"
-        f"{{%- if turn['content'] is string -%}}{{%- set trimtab.content = turn['content']{apart} -%}}\n"
-        "{%- else -%}{%- set trimtab.parts = [] -%}{%- for part in turn['content'] -%}\n"
-        f"{{%- set trimtab.parts = trimtab.parts + [{{'type': 'text', 'text': part['text']{apart}}} if part['type'] == 'text' else part] -%}}\n"
-        "{%- endfor -%}{%- set trimtab.content = trimtab.parts -%}{%- endif -%}\n"
-        "{%- if trimtab.content == turn['content'] -%}{{- raise_exception('a part of this message other than its text spells the name of a soft token') -}}{%- endif -%}\n"
-        "{%- endif -%}\n"
-        + write
-        + "{%- if trimtab.content == turn['content'] -%}{%- set trimtab.turns = trimtab.turns + [turn] -%}\n"
-        "{%- else -%}{%- set trimtab.turns = trimtab.turns + [{'role': turn['role'], 'content': trimtab.content}] -%}{%- endif -%}\n"
-        "{%- endfor -%}\n"
-        f"{{%- if {spelled.format('(tools | string)')} -%}}{{{{- raise_exception('a tool spells the name of a soft token') -}}}}{{%- endif -%}}\n"
-        "{%- set messages = trimtab.turns -%}\n" + _END
-    )
+    """What goes through the turns before the template does (`prelude.jinja`)."""
+    environment = Environment(
+        block_start_string="<%", block_end_string="%>", variable_start_string="<<", variable_end_string=">>",
+        comment_start_string="<#", comment_end_string="#>", trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined,
+    )  # fmt: skip
+    environment.filters["quoted"] = _quoted
+    source = files("trimtab.exporters").joinpath("prelude.jinja").read_text(encoding="utf-8")
+    default = default_system(model) if position == "system" else None
+    return environment.from_string(source).render(names=names, position=position, default=default, trim=trim)
 
 
 def _quoted(text: str) -> str:
