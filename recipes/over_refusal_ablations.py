@@ -2,7 +2,7 @@
 
     python recipes/over_refusal_ablations.py SUITES_FOLDER [--out runs/over-refusal] [--limit 100] [--seeds 0 1 2] [--only "filter off" ...]
 
-Seeds draw the prompts, the batches and the initial vector. Shares refused, `keyword` judge, replies of 16 tokens: the mean over seeds, and the lowest and highest of
+Each column of a suite has at most --limit prompts. Seeds draw the prompts, the batches and the initial vector. Shares refused, `keyword` judge, replies of 16 tokens: the mean over seeds, and the lowest and highest of
 them. The first columns are of the validation split. A finished run is not run again. On two cores a run takes five minutes, at an early place a quarter of an hour.
 """
 
@@ -38,6 +38,7 @@ FOCAL: dict[str, dict[str, Any]] = {"gamma 2": {"gamma": 2.0}, "gamma 2, easy": 
 PLACES: dict[str, dict[str, Any]] = {
     f"at {place}": {"position": place} for place in ("reply", "system", "user", "start")
 }
+# The case's data are 1,200 prompts: the default row.
 DATA: dict[str, dict[str, Any]] = {f"{n} prompts": {"limit": n} for n in (32, 100, 300)}
 UNCHANGED: dict[str, dict[str, Any]] = {name: {} for name in ("default", "NLL for KL", "begun with words")}
 # Those that begin with the same prompts follow one another.
@@ -121,6 +122,7 @@ def refused(model: Model, token: Any, suites: dict[str, Sequence[Record]]) -> di
             judged = [is_refusal(words) for r, words in zip(records, said, strict=True) if r.label == label]
             if scored := [one for one in judged if one is not None]:
                 shares.setdefault(suite, {})[label] = sum(scored) / len(scored)
+        shares.setdefault(suite, {})["unscored"] = sum(is_refusal(words) is None for words in said) / len(said)
     return shares
 
 
