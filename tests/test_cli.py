@@ -353,6 +353,18 @@ def test_chat_reads_stdin_to_its_end(
     assert turns[3]["content"] == generate(model, [turns[:3]], guide=guide, max_new_tokens=3)[0].text
 
 
+def test_chat_draws_and_ends_replies_as_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 5, "max_new_tokens": 8}
+    expected = generate(load(folder), ["Hi"], **options)[0].text
+    arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    for more, said in (([], expected), (["--stop", expected[3]], expected[: expected.index(expected[3])])):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+        code, text, _ = run(monkeypatch, capsys, "chat", folder, "--json", *arguments, *more)
+        assert (code, json.loads(text)["messages"][1]["content"]) == (0, said)
+
+
 def test_chat_is_over_at_an_empty_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def test_a_build_cannot_pass_where_nothing_was_compared(
         ["eval", str(folder), "-o", str(tmp_path / "e"), "--compare", "--fail-on-harm"],
         ["eval", str(folder), "--token", str(tmp_path), "-o", str(tmp_path / "e"), "--fail-on-harm"],
         ["align", str(folder), "-o", str(tmp_path / "a"), "--check", "0", "--fail-on-harm"],
+        ["expert", str(folder), "-o", str(tmp_path / "x"), "--check", "0", "--fail-on-harm"],
     ):
         monkeypatch.setattr("sys.argv", ["trimtab", *arguments])
         with pytest.raises(SystemExit) as stopped:

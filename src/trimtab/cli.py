@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from trimtab.errors import ConfigError, TrimtabError, UsageError
-from trimtab.options import COMMON, GUIDANCE, Check, Data, FailOnHarm, Json, ModelName, Out, Seed, with_options
+from trimtab.options import COMMON, GUIDANCE, REPLY, Check, Data, FailOnHarm, Json, ModelName, Out, Seed, with_options
 
 # What typer raises for arguments that it cannot read; the class has no public name.
 ParseError: Any = typer.BadParameter.__base__
@@ -176,23 +176,11 @@ def evaluate(
 
 
 @app.command()
-@with_options(GUIDANCE, COMMON)
+@with_options(REPLY, GUIDANCE, COMMON)
 def generate(
     model: ModelName,
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help='lines {"id", "prompt" | "messages", "prefill"?}')],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT.jsonl", help="replies, in the same order")],
-    max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply, in tokens [256]")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy [0]")] = None,
-    top_p: Annotated[float | None, typer.Option(help="nucleus; 1 is off [1]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="draw from the k likeliest; 0 is off [0]")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="drop what is less likely than this share of the best; 0 is off [0]")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="above 1, what was said is less likely; 1 is off [1]")
-    ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="a string that ends a reply; may be repeated")] = None,
-    seed: Seed = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="TRACE.jsonl", help="what the neuron did, a line a token")
     ] = None,
@@ -201,7 +189,7 @@ def generate(
 ) -> None:
     """Reply to every prompt of a file: {"id", "reply", "tokens", "stop"} a line, in input order."""
     given = _given(locals())
-    from trimtab.config import SAMPLING, GenerateSettings, settle
+    from trimtab.config import GenerateSettings, settle
     from trimtab.decoding.generate import generate as run
     from trimtab.decoding.generate import traces
     from trimtab.guidance import load_guided
@@ -221,8 +209,7 @@ def generate(
             **guidance,
             prefills=[chat.prefill for chat in chats],
             streams=[chat.line for chat in chats],  # mending one line draws no other anew
-            stop=settings.stop,
-            **settings.model_dump(include=set(SAMPLING)),
+            **settings.sampling(),
             batch_size=settings.batch,
             progress=advance,
         )
@@ -252,12 +239,9 @@ def generate(
 
 
 @app.command()
-@with_options(GUIDANCE, COMMON)
+@with_options(REPLY, GUIDANCE, COMMON)
 def chat(
     model: ModelName,
-    max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply, in tokens [256]")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy [0]")] = None,
-    seed: Seed = None,
     trace: Annotated[
         bool | None, typer.Option("--trace", help="colour what the expert chose, draw the membrane")
     ] = None,
@@ -274,8 +258,7 @@ def chat(
     _require_neuron(settings)
     loaded, guidance = load_guided(settings)
     console.print("an empty line ends the conversation")
-    sampling = settings.model_dump(include={"max_new_tokens", "temperature", "seed"})
-    turns = converse(loaded, guidance, sampling, settings.trace, screen(shared["as_json"]))
+    turns = converse(loaded, guidance, settings.sampling(), settings.trace, screen(shared["as_json"]))
     _finish(shared["as_json"], {"messages": turns})
 
 
@@ -298,6 +281,7 @@ def expert(
     ] = None,
     benign_weight: Annotated[float | None, typer.Option(help="lambda: share of the benign loss, 0 to 1 [0.7]")] = None,
     check: Check = None,
+    fail_on_harm: FailOnHarm = False,
     seed: Seed = None,
     **shared: Any,
 ) -> None:
@@ -311,6 +295,7 @@ def expert(
     from trimtab.run import screen
 
     settings = settle(ExpertCommand, given, shared["config"])
+    _require_check(settings.check, fail_on_harm)
     records = load_prompts(settings.data)
     loaded = load_model(settings)
     fields = settings.model_dump(include=set(ExpertSettings.model_fields))
@@ -318,6 +303,7 @@ def expert(
         train_expert(loaded, records, out=settings.out, settings=ExpertSettings(**fields))
         result = check_expert(loaded, records, settings.out, settings.check, screen(shared["as_json"]))
     _finish(shared["as_json"], result)
+    _exit_on_harm(result.get("check", {}), fail_on_harm)
 
 
 @app.command()
@@ -409,10 +395,7 @@ def _align(given: dict[str, Any], config: Path | None, as_json: bool, fail_on_ha
     from trimtab.softtoken.align import align as run
 
     settings = settle(AlignCommand, given, config)
-    if fail_on_harm and not settings.check:
-        raise ConfigError(
-            "--fail-on-harm looks at the held-out check, and --check 0 leaves it out.", "Give it prompts."
-        )
+    _require_check(settings.check, fail_on_harm)
     records = load_prompts(settings.data)
     model = load_model(settings)
     with _resumable(settings.out):
@@ -453,6 +436,13 @@ def _load_endpoint(settings: Any) -> tuple[Any, dict[str, Any]]:
         option = given[0].replace("_", "-")
         raise ConfigError(f"--{option} is for a model that is loaded here, and this is an endpoint.", "Leave it out.")
     return Endpoint.named(settings.model), {}
+
+
+def _require_check(check: int, fail_on_harm: bool) -> None:
+    if fail_on_harm and not check:
+        raise ConfigError(
+            "--fail-on-harm looks at the held-out check, and --check 0 leaves it out.", "Give it prompts."
+        )
 
 
 def _exit_on_harm(result: dict[str, Any], asked: bool) -> None:

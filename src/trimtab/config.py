@@ -179,22 +179,9 @@ class EvalSettings(GuidanceSettings):
     batch: int = Field(default=32, ge=1)
 
 
-class ChatSettings(GuidanceSettings):
-    """How replies are drawn in a conversation."""
+class ReplySettings(GuidanceSettings):
+    """How replies are drawn."""
 
-    max_new_tokens: int = Field(default=256, ge=1)
-    temperature: float = Field(default=0.0, ge=0)
-    seed: int = 0
-    trace: bool = False
-
-
-class GenerateSettings(GuidanceSettings):
-    """What is replied to, and how replies are drawn."""
-
-    source: Path
-    out: Path
-    trace: Path | None = None
-    """Where to write what the neuron did, a line a token."""
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -203,11 +190,26 @@ class GenerateSettings(GuidanceSettings):
     repetition_penalty: float = Field(default=1.0, gt=0)
     seed: int = 0
     stop: tuple[str, ...] = ()
+
+    def sampling(self) -> dict[str, Any]:
+        """What `generate` takes by the same name."""
+        return self.model_dump(include=set(ReplySettings.model_fields) - set(GuidanceSettings.model_fields))
+
+
+class ChatSettings(ReplySettings):
+    """A conversation."""
+
+    trace: bool = False
+
+
+class GenerateSettings(ReplySettings):
+    """What is replied to, and where to."""
+
+    source: Path
+    out: Path
+    trace: Path | None = None
+    """Where to write what the neuron did, a line a token."""
     batch: int = Field(default=16, ge=1)
-
-
-# The settings that `generate` takes by the same name.
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
 def settle(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S:

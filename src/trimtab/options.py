@@ -61,6 +61,20 @@ GUIDANCE: dict[str, Any] = {
         int | None, typer.Option(help="tokens a model:ID expert writes ahead; as many as pay if not given")
     ],
 }
+REPLY: dict[str, Any] = {
+    "max_new_tokens": Annotated[int | None, typer.Option(help="length of a reply, in tokens [256]")],
+    "temperature": Annotated[float | None, typer.Option(help="0 is greedy [0]")],
+    "top_p": Annotated[float | None, typer.Option(help="nucleus; 1 is off [1]")],
+    "top_k": Annotated[int | None, typer.Option(help="draw from the k likeliest; 0 is off [0]")],
+    "min_p": Annotated[
+        float | None, typer.Option(help="drop what is less likely than this share of the best; 0 is off [0]")
+    ],
+    "repetition_penalty": Annotated[
+        float | None, typer.Option(help="above 1, what was said is less likely; 1 is off [1]")
+    ],
+    "stop": Annotated[list[str] | None, typer.Option(help="a string that ends a reply; may be repeated")],
+    "seed": Seed,
+}
 
 
 def with_options(*groups: dict[str, Any]) -> Callable[[Verb], Verb]:
