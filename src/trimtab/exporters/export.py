@@ -163,7 +163,7 @@ def export_run(settings: ExportSettings, people: Console) -> dict[str, Any]:
     if settings.dry_run:
         # Whether a tied head would be written out is measured; unless told, the plan takes the larger of the two.
         found = plan(model, token, format=settings.format, untie=settings.untie is not False)
-        show(found, people)
+        show(found, people, measured=settings.untie is not None)
         return found.record()
     result = export(
         model,

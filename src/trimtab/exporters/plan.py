@@ -13,7 +13,7 @@ from torch import Tensor
 from trimtab.errors import ExportError, ModelError
 from trimtab.exporters import gguf
 from trimtab.exporters.checkpoint import INDEX, STORED, Stored, row_bytes, shards, tensors
-from trimtab.models import Model, resolve, unpacked
+from trimtab.models import Model, cache_dir, resolve, unpacked
 from trimtab.run import tell
 from trimtab.softtoken.artifact import SoftToken
 
@@ -196,15 +196,23 @@ def engines(found: Plan) -> dict[str, str]:
     }
 
 
-def show(found: Plan, people: Console) -> None:
-    """The plan as a table, and in words."""
+def show(found: Plan, people: Console, *, measured: bool) -> None:
+    """The plan as a table, and in words; `measured` is false where it takes for granted that a tied head is written out."""
     table = Table("file", "what becomes of it", "MB", title=f"export of {found.source}")
     for name, what, size in found.files:
         table.add_row(name, what, f"{size / 1e6:.1f}")
     people.print(table)
     tell(people, f"row {found.ids[0]}, {found.names[0]}: {ROW_MEANING[found.row]}")
     if found.tied:
-        tell(people, "the head is the embedding table; " + ("written out by itself" if found.untie else "it stays so"))
+        written = "written out by itself" + (
+            "" if measured else ", if the slot would be said otherwise: measured when exporting"
+        )
+        tell(people, f"the head is the embedding table; {written if found.untie else 'it stays so'}")
+    if found.source.parent == cache_dir() / "gguf" and not found.files[0][0].endswith(".gguf"):
+        tell(
+            people,
+            "the model was read from a GGUF file: this is its unpacked float32 copy; --format gguf keeps it as small as it is",
+        )
     for engine, words in engines(found).items():
         tell(people, f"{engine}: {words}")
 
