@@ -64,7 +64,7 @@ def test_an_appended_row_changes_the_tables_and_nothing_else(kind: Kind, untie: 
         source, target, {WORDS: ROW}, ["<|t|>"], template="new", silent={WORDS: -ROW}, untie=untie, advance=told.append
     )
     assert found == kind.name
-    assert gguf.changed(source, target) == {gguf.EMBEDDING, *([gguf.HEAD] if untie else [])}
+    assert gguf.changed(gguf.tensors(source), gguf.tensors(target)) == {gguf.EMBEDDING, *([gguf.HEAD] if untie else [])}
     before, after = contents(source), contents(target)
     new = {
         "tokenizer.ggml.tokens": [*before["tokenizer.ggml.tokens"], "<|t|>"],
@@ -75,9 +75,9 @@ def test_an_appended_row_changes_the_tables_and_nothing_else(kind: Kind, untie: 
         gguf.SUPPRESS: [WORDS],
     }
     assert after == before | new
-    assert torch.allclose(gguf.rows(target, [WORDS])[0], ROW, rtol=0, atol=float(ROW.abs().max()) / 100)
+    assert torch.allclose(gguf.rows(gguf.tensors(target), [WORDS])[0], ROW, rtol=0, atol=float(ROW.abs().max()) / 100)
     assert np.array_equal(table(target, gguf.EMBEDDING)[:WORDS], table(source, gguf.EMBEDDING))
-    assert gguf.others_kept(source, target, [WORDS])
+    assert gguf.others_kept(gguf.tensors(source), gguf.tensors(target), [WORDS])
     if untie:
         head = table(target, gguf.HEAD)
         assert np.array_equal(head[:WORDS], table(source, gguf.EMBEDDING))
@@ -89,10 +89,10 @@ def test_an_appended_row_changes_the_tables_and_nothing_else(kind: Kind, untie: 
 def test_a_row_that_is_there_already_is_set_and_an_own_head_stays(tmp_path: Path) -> None:
     source, target = made(tmp_path / "a.gguf", Kind.F32, head=Kind.F32), tmp_path / "b.gguf"
     gguf.patch(source, target, {4: ROW}, ["<|t|>"], template="new", silent=None, untie=False)
-    assert gguf.changed(source, target) == {gguf.EMBEDDING}
-    assert torch.equal(gguf.rows(target, [4])[0], ROW)
-    assert gguf.others_kept(source, target, [4])
-    assert not gguf.others_kept(source, target, [3])
+    assert gguf.changed(gguf.tensors(source), gguf.tensors(target)) == {gguf.EMBEDDING}
+    assert torch.equal(gguf.rows(gguf.tensors(target), [4])[0], ROW)
+    assert gguf.others_kept(gguf.tensors(source), gguf.tensors(target), [4])
+    assert not gguf.others_kept(gguf.tensors(source), gguf.tensors(target), [3])
     after = contents(target)
     assert after["tokenizer.ggml.tokens"][4] == "<|t|>"
     assert after["llama.vocab_size"] == WORDS

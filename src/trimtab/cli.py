@@ -321,7 +321,7 @@ def export(
         bool | None,
         typer.Option("--untie/--keep-tied", help="a tied head as a table of its own [where the slot would be said]"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="replace what DIR holds")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export in DIR")] = False,
     verify: Annotated[bool, typer.Option(help="compare the result with the token on its model")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file with the same settings as these options")] = None,

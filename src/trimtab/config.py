@@ -131,7 +131,7 @@ class ExportSettings(Settings):
     untie: bool | None = None
     """Write out a tied head as a table of its own; where the slot would be said, if not given."""
     force: bool = False
-    """Replace what the target folder holds."""
+    """Replace an earlier export in the target folder."""
     verify: bool = True
     dry_run: bool = False
 

@@ -38,15 +38,9 @@ def write_card(
         run=_read(run, "manifest.json"),
         check=check,
         rates=_rates(check),
-        head_mb=_head_bytes(result) / 1e6,
+        head_mb=(result.get("plan") or {}).get("table_bytes", 0) / 1e6,
     )
     write(folder / "README.md", text)
-
-
-def _head_bytes(result: dict[str, Any]) -> int:
-    """What a head written out takes: as much as the table that it was."""
-    plan = result.get("plan") or {}
-    return int(plan.get("table_bytes", 0))
 
 
 def _rates(check: dict[str, Any]) -> list[dict[str, Any]]:

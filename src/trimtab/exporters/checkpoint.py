@@ -57,15 +57,12 @@ def tensors(folder: Path) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for path in shards(folder):
-        header, begin = _header(path)
+        held, _ = _held(path)
         size = path.stat().st_size
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            stored = Stored(path, entry["dtype"], tuple(entry["shape"]), *(begin + at for at in entry["data_offsets"]))
+        for name, stored in held.items():
             if stored.end > size:
                 raise ExportError(f"{path} is truncated: {name} is not whole.", "Fetch the model again.")
-            found[name] = stored
+        found |= held
     return found
 
 
@@ -91,14 +88,10 @@ def rewrite(
     path: Path, target: Path, changed: Mapping[str, Rows], added: Mapping[str, Rows], advance: Callable[[int], None]
 ) -> None:
     """Copy a safetensors file with some tables `changed`, and others `added` behind all there is; `advance` is told the bytes as they are written."""
-    header, begin = _header(path)
-    metadata = header.pop("__metadata__", None)
-    order = sorted(header, key=lambda name: int(header[name]["data_offsets"][0]))
-    parts: list[tuple[str, Stored, Rows | None]] = []
-    for name in order:
-        entry = header[name]
-        place = Stored(path, entry["dtype"], tuple(entry["shape"]), *(begin + at for at in entry["data_offsets"]))
-        parts.append((name, place, changed.get(name)))
+    held, metadata = _held(path)
+    parts: list[tuple[str, Stored, Rows | None]] = [
+        (name, stored, changed.get(name)) for name, stored in sorted(held.items(), key=lambda entry: entry[1].begin)
+    ]
     for name, new in added.items():
         if new.source is None:
             raise ValueError(f"{name} is new, and needs a source")
@@ -164,16 +157,22 @@ def write_index(folder: Path, target: Path, added: Mapping[str, str], total: int
     (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where the bytes begin."""
+def _held(path: Path) -> tuple[dict[str, Stored], Any]:
+    """The tensors of one safetensors file, by name, and its metadata, if it has any."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
-            return dict(json.loads(file.read(length))), 8 + length
+            header = dict(json.loads(file.read(length)))
     except (OSError, ValueError, struct.error) as error:
         raise ExportError(f"{path} is no whole safetensors file: {error}", "Fetch the model again.") from None
+    metadata = header.pop("__metadata__", None)
+    begin = 8 + length
+    return {
+        name: Stored(path, entry["dtype"], tuple(entry["shape"]), *(begin + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+    }, metadata
 
 
 def _copy(source: BinaryIO, target: BinaryIO, begin: int, size: int, advance: Callable[[int], None]) -> None:

@@ -22,7 +22,7 @@ from trimtab.exporters.checkpoint import STORED
 from trimtab.exporters.head import loudest, states, unsaid
 from trimtab.exporters.huggingface import write_settings, write_template, write_tokenizer, write_weights
 from trimtab.exporters.peft import require_start, write_adapter
-from trimtab.exporters.plan import Format, Plan, folder_of, gguf_file, plan, show
+from trimtab.exporters.plan import RECORD, Format, Plan, folder_of, gguf_file, plan, show
 from trimtab.exporters.template import Proof, in_place, unsafe, with_slot
 from trimtab.exporters.verify import in_words, verify, verify_adapter, verify_rows
 from trimtab.models import Model, describe_machine, load_at
@@ -30,7 +30,6 @@ from trimtab.prompts.sources import load_prompts
 from trimtab.run import Cost, alone, console, create, progress, tell, write_json
 from trimtab.softtoken.artifact import SoftToken
 
-RECORD = "trimtab.json"  # in every export
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY, errno.EFBIG}
 SAID = 1e-3  # a slot likelier than this, once, is too loud for a tied head
 HEARD = 60  # prompts along whose replies the slot's own probability is measured; a third of them are not fitted to
@@ -128,7 +127,7 @@ def _gguf(
     source = gguf_file(model)
     with tempfile.TemporaryDirectory() as folder:  # the tokenizer only proves the template
         template, proof = with_slot(model, token, write_tokenizer(found, model, Path(folder)), found.names)
-    target = scratch / f"{source.stem}.trimtab.gguf"
+    target = scratch / found.files[0][0]
     vectors = dict(zip(found.ids, token.vectors, strict=True))
     quiet = dict(zip(found.ids, silent, strict=True)) if found.appended else None
     with progress("writing tensors", found.size // 1000) as advance:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trimtab.errors import ExportError
 
+Tensors = dict[str, Any]  # the library's tensors, by name
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 SUPPRESS = "tokenizer.ggml.suppress_tokens"  # llama.cpp never samples these
 # What holds a trained row closely enough (Q8_0: half a percent), and can be written here.
@@ -52,7 +53,7 @@ def patch(
         ExportError: the file is damaged, or its table is quantised too coarsely for a trained row.
     """
     reader = _read(source)
-    held = {tensor.name: tensor for tensor in reader.tensors}
+    held = _by_name(reader)
     if EMBEDDING not in held:
         raise ExportError(f"{source} has no {EMBEDDING}.", "Only language models can be exported.")
     kind = held[EMBEDDING].tensor_type
@@ -91,7 +92,7 @@ def patch(
 
 def sizes(source: Path, appended: int, untie: bool) -> tuple[int, int]:
     """Bytes of the file that `patch` will write, but for a few of its header, and of the embedding table in it."""
-    held = {tensor.name: tensor for tensor in _read(source).tensors}
+    held = tensors(source)
     if EMBEDDING not in held:
         return source.stat().st_size, 0
     before = int(held[EMBEDDING].n_bytes)
@@ -100,44 +101,53 @@ def sizes(source: Path, appended: int, untie: bool) -> tuple[int, int]:
     return source.stat().st_size + appended * row + (table if untie and HEAD not in held else 0), table
 
 
-def rows(path: Path, ids: Sequence[int]) -> Tensor:
+def tensors(path: Path) -> Tensors:
+    """A file's tensors by name, mapped and not read. Going through its keys takes a second."""
+    return _by_name(_read(path))
+
+
+def rows(held: Tensors, ids: Sequence[int]) -> Tensor:
     """Rows `[n, hidden]` of a file's embedding table, as an engine reads them."""
-    table = next(tensor for tensor in _read(path).tensors if tensor.name == EMBEDDING)
+    table = held[EMBEDDING]
     return torch.from_numpy(np.array(dequantize(table.data[list(ids)], table.tensor_type), dtype=np.float32))
 
 
-def changed(before: Path, after: Path) -> set[str]:
+def changed(before: Tensors, after: Tensors) -> set[str]:
     """Names of the tensors whose bytes are not the same in both files."""
-    old, new = ({t.name: t for t in _read(path).tensors} for path in (before, after))
-    names = set(old) | set(new)
     return {
         name
-        for name in names
-        if name not in old or name not in new or not np.array_equal(old[name].data, new[name].data)
+        for name in {*before, *after}
+        if name not in before or name not in after or not np.array_equal(before[name].data, after[name].data)
     }
 
 
-def others_kept(before: Path, after: Path, ids: Sequence[int]) -> bool:
+def others_kept(before: Tensors, after: Tensors, ids: Sequence[int]) -> bool:
     """Whether every other row of the tables is, byte for byte, that of the embedding table or head before."""
-    old, new = ({t.name: t for t in _read(path).tensors} for path in (before, after))
-    for name in {EMBEDDING, HEAD} & set(new):
-        table = old.get(name, old[EMBEDDING]).data
-        kept = [i for i in range(len(table)) if i not in set(ids)]
-        if not np.array_equal(table[kept], new[name].data[kept]):
+    for name in {EMBEDDING, HEAD} & set(after):
+        table = before[name if name in before else EMBEDDING].data
+        kept = np.delete(np.arange(len(table)), [i for i in ids if i < len(table)])
+        if not np.array_equal(table[kept], after[name].data[kept]):
             return False
     return True
 
 
 def holds_silence(path: Path) -> bool:
     """Whether a silent output row can be written into the file's head; some of its types can only be read here, and then the row is zero."""
-    head = next((t for t in _read(path).tensors if t.name == HEAD), None)
-    if head is None:
-        return True
+    head = tensors(path).get(HEAD)
+    return head is None or _writable(head)
+
+
+def _writable(table: Any) -> bool:
+    """Whether rows of a table's type can be written here."""
     try:
-        quantize(np.zeros((1, int(head.shape[0])), dtype=np.float32), head.tensor_type)
+        quantize(np.zeros((1, int(table.shape[0])), dtype=np.float32), table.tensor_type)
     except NotImplementedError:
         return False
     return True
+
+
+def _by_name(reader: GGUFReader) -> Tensors:
+    return {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _read(path: Path) -> GGUFReader:
@@ -161,10 +171,9 @@ def _with_rows(table: Any, rows: Mapping[int, Tensor], kind: GGMLQuantizationTyp
 
 def _quieted(head: Any, silent: Mapping[int, Tensor]) -> Any:
     """An output table with rows that are not said; zero where its type cannot be written here."""
-    try:
+    if _writable(head):
         return _with_rows(head.data, silent, head.tensor_type)
-    except NotImplementedError:
-        return np.concatenate([head.data, np.zeros((len(silent), *head.data.shape[1:]), dtype=head.data.dtype)])
+    return np.concatenate([head.data, np.zeros((len(silent), *head.data.shape[1:]), dtype=head.data.dtype)])
 
 
 def _metadata(

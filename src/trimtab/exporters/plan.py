@@ -20,7 +20,8 @@ from trimtab.softtoken.artifact import SoftToken
 Format = Literal["hf", "gguf", "peft"]
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 REWRITTEN = ("config.json", "generation_config.json", "tokenizer.json", *TEMPLATES)
-NEW = ("README.md", "trimtab.json")  # the card, and what verified it
+RECORD = "trimtab.json"  # what was done, and how it was verified; in every export
+NEW = ("README.md", RECORD)
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 ROW_MEANING = {
     "unused": "a row of the table that the tokenizer does not use: no shape changes",
@@ -34,13 +35,14 @@ class Plan:
     """One export, decided.
 
     Attributes:
-        source: the model's folder. ids, names: the slot's rows, and the special tokens that stand for them. row: which kind of row (`ROW_MEANING`).
+        format: of the export. source: the model's folder. ids, names: the slot's rows, and the special tokens that stand for them. row: which kind of row (`ROW_MEANING`).
         rows: of the table, before and after. embedding: its name in the checkpoint. head: the output table's name there; none where it is tied and not stored.
         family: the model's type, as its config has it. tied: whether the model's head is its embedding table. untie: whether the head is written out as a table of its own.
         table_bytes: of the embedding table, as the export stores it.
         tensors: everything in the checkpoint. files: name, what becomes of it, bytes afterwards.
     """
 
+    format: Format
     source: Path
     ids: tuple[int, ...]
     names: tuple[str, ...]
@@ -69,13 +71,12 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """As plain data."""
-        names = ("row", "family", "ids", "names", "rows", "embedding", "head", "tied", "untie")
+        names = ("row", "family", "ids", "names", "rows", "embedding", "head", "tied", "untie", "table_bytes")
         described = {name: getattr(self, name) for name in names}
         files = [{"file": name, "what": what, "bytes": size} for name, what, size in self.files]
         return {
             "source": str(self.source),
             **described,
-            "table_bytes": self.table_bytes,
             "files": files,
             "bytes": self.size,
             "engines": engines(self),
@@ -112,20 +113,31 @@ def plan(model: Model, token: SoftToken, *, untie: bool, format: Format = "hf") 
         path = gguf_file(model)
         size, table = gguf.sizes(path, after - before, written_out)
         files = ((f"{path.stem}.trimtab.gguf", "one row", size), *((name, "new", 0) for name in NEW))
-        return Plan(
-            source, ids, names, row, (before, after), embedding, head, tied, written_out, family, table, found, files
-        )
-    if found[embedding].dtype not in STORED:
-        raise ExportError(
-            f"the embedding table of {model.name} is stored as {found[embedding].dtype}, which cannot hold a trained row.",
-            "Export from the unquantised model (float32, bfloat16 or float16).",
-        )
-    grown = {embedding: after - before} | ({head: after - before} if head in found and not written_out else {})
-    extra = {embedding: after * row_bytes(found[embedding])} if written_out and head not in found else {}
-    files = _files(source, found, grown, extra)
-    table = after * row_bytes(found[embedding])
+    else:
+        if found[embedding].dtype not in STORED:
+            raise ExportError(
+                f"the embedding table of {model.name} is stored as {found[embedding].dtype}, which cannot hold a trained row.",
+                "Export from the unquantised model (float32, bfloat16 or float16).",
+            )
+        table = after * row_bytes(found[embedding])
+        grown = {embedding: after - before} | ({head: after - before} if head in found and not written_out else {})
+        extra = {embedding: table} if written_out and head not in found else {}
+        files = _files(source, found, grown, extra)
     return Plan(
-        source, ids, names, row, (before, after), embedding, head, tied, written_out, family, table, found, files
+        format,
+        source,
+        ids,
+        names,
+        row,
+        (before, after),
+        embedding,
+        head,
+        tied,
+        written_out,
+        family,
+        table,
+        found,
+        files,
     )
 
 
@@ -172,7 +184,7 @@ def gguf_file(model: Model) -> Path:
 
 def engines(found: Plan) -> dict[str, str]:
     """What each engine does with the export, in a sentence."""
-    if found.files[0][0].endswith(".gguf"):
+    if found.format == "gguf":
         return {
             "llama.cpp": "loads it as it is, with --jinja; tokenizer.ggml.suppress_tokens keeps the slot from being generated",
             "Ollama": "has a template language of its own, into which the chat template is not translated yet",
@@ -208,7 +220,7 @@ def show(found: Plan, people: Console, *, measured: bool) -> None:
             "" if measured else ", if the slot would be said otherwise: measured when exporting"
         )
         tell(people, f"the head is the embedding table; {written if found.untie else 'it stays so'}")
-    if found.source.parent == cache_dir() / "gguf" and not found.files[0][0].endswith(".gguf"):
+    if found.source.parent == cache_dir() / "gguf" and found.format == "hf":
         tell(
             people,
             "the model was read from a GGUF file: this is its unpacked float32 copy; --format gguf keeps it as small as it is",

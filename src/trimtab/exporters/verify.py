@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from trimtab.chat import render
-from trimtab.decoding.engine import forward
 from trimtab.decoding.generate import generate
-from trimtab.decoding.past import Past
 from trimtab.errors import ConfigError, ExportError
 from trimtab.exporters import gguf
 from trimtab.exporters.plan import folder_of
-from trimtab.exporters.template import in_place
-from trimtab.models import Model, load, slot
-from trimtab.softtoken.artifact import NO_EFFECT, SoftToken
+from trimtab.exporters.template import Turns, in_place
+from trimtab.models import Model, load
+from trimtab.softtoken.artifact import NO_EFFECT, SoftToken, next_logits
 
 # Largest difference of two logits that is rounding, by the dtype that both are computed in.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
@@ -58,21 +56,21 @@ def verify(model: Model, token: SoftToken, folder: Path, dtype: torch.dtype) -> 
     exported = load(folder, dtype=name, device=str(model.device))
     rounded = replace(token, vectors=token.vectors.to(dtype).float())
     worst = effect = rounding = 0.0
-    probes = [turns for probe in PROBES if (turns := in_place(model, token, probe))]
+    probes = _probes(model, token)
     slots = set(model.slot_ids(len(token.vectors)))
     for turns in probes:
         prompt = token.render(model, turns)
         ids = _ids(exported, turns, token)
         if ids != prompt.ids:
             raise ExportError(f"{folder}: its chat template gives other ids than in training for {turns}.")
-        hooked, stored = _logits(model, prompt.ids, rounded.vectors), _logits(exported, ids, None)
-        exact = _logits(model, prompt.ids, token.vectors)
-        plain = _logits(model, render(model, turns, template_args=token.template_args).ids, None)
+        hooked, stored = next_logits(model, prompt.ids, rounded.vectors), next_logits(exported, ids, None)
+        exact = next_logits(model, prompt.ids, token.vectors)
+        plain = next_logits(model, render(model, turns, template_args=token.template_args).ids, None)
         common = [i for i in range(len(plain)) if i not in slots]
         hooked, stored, exact, plain = (each[common] for each in (hooked, stored, exact, plain))
         worst = max(worst, float((hooked - stored).abs().max()))
         rounding = max(rounding, float((hooked - exact).abs().max()))
-        effect += float((plain.softmax(-1) * (plain.log_softmax(-1) - stored.log_softmax(-1))).sum()) / len(probes)
+        effect += _kl(plain, stored) / len(probes)
     if not worst <= TOLERANCE[model.dtype]:
         raise ExportError(
             f"{folder}: its logits are not those of the token on its model: they differ by up to {worst:.2e} ({name}, tolerance {TOLERANCE[model.dtype]:g})."
@@ -109,24 +107,25 @@ def verify_rows(
     Raises:
         ExportError: something else changed, or the stored rows are not the token's.
     """
-    touched = gguf.changed(source, target)
+    before, after = gguf.tensors(source), gguf.tensors(target)
+    touched = gguf.changed(before, after)
     if not touched <= {gguf.EMBEDDING, gguf.HEAD}:
         raise ExportError(f"{target}: tensors changed that should not: {', '.join(sorted(touched))}.")
-    stored = gguf.rows(target, ids)
+    stored = gguf.rows(after, ids)
     off = float(((stored - token.vectors).norm(dim=1) / token.vectors.norm(dim=1)).max())
     if not off <= ROW_ERROR:
         raise ExportError(f"{target}: the row as stored is off by {off:.1%}.")
-    if not gguf.others_kept(source, target, ids):
+    if not gguf.others_kept(before, after, ids):
         raise ExportError(f"{target}: rows other than the token's changed.")
     as_stored = replace(token, vectors=stored)
     rounding = effect = 0.0
-    probes = [turns for probe in PROBES if (turns := in_place(model, token, probe))]
+    probes = _probes(model, token)
     for turns in probes:
         prompt = token.render(model, turns)
-        exact, there = (_logits(model, prompt.ids, each.vectors) for each in (token, as_stored))
-        plain = _logits(model, render(model, turns, template_args=token.template_args).ids, None)
+        exact, there = (next_logits(model, prompt.ids, each.vectors) for each in (token, as_stored))
+        plain = next_logits(model, render(model, turns, template_args=token.template_args).ids, None)
         rounding = max(rounding, float((exact - there).abs().max()))
-        effect += float((plain.softmax(-1) * (plain.log_softmax(-1) - there.log_softmax(-1))).sum()) / len(probes)
+        effect += _kl(plain, there) / len(probes)
     if not effect > NO_EFFECT:
         raise ExportError(f"{target}: the token changes nothing there (KL {effect:.1e} nats).")
     exact_replies, there_replies = (
@@ -167,11 +166,14 @@ def verify_adapter(model: Model, token: SoftToken, folder: Path) -> dict[str, An
         ids = torch.tensor([plain.ids], device=model.device)
         with torch.inference_mode():
             there = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
-        hooked, alone = _logits(model, token.render(model, turns).ids, token.vectors), _logits(model, plain.ids, None)
+        hooked, alone = (
+            next_logits(model, token.render(model, turns).ids, token.vectors),
+            next_logits(model, plain.ids, None),
+        )
         common = [i for i in range(len(alone)) if i not in slots]
         there, hooked, alone = there[common], hooked[common], alone[common]
         worst = max(worst, float((there - hooked).abs().max()))
-        effect += float((alone.softmax(-1) * (alone.log_softmax(-1) - there.log_softmax(-1))).sum()) / len(PROBES)
+        effect += _kl(alone, there) / len(PROBES)
     if not worst <= TOLERANCE[model.dtype]:
         raise ExportError(f"{folder}: PEFT's logits differ from the token's by up to {worst:.2e}.")
     if not effect > NO_EFFECT:
@@ -205,11 +207,14 @@ def in_words(found: dict[str, Any]) -> str:
     )
 
 
-@torch.inference_mode()
-def _logits(model: Model, ids: Sequence[int], vectors: Tensor | None) -> Tensor:
-    """Logits `[V]` of the next token."""
-    with slot(model, None if vectors is None else vectors.to(model.device)):
-        return forward(model, [ids], Past.empty(1, model.device), 1)[0, -1]
+def _kl(plain: Tensor, there: Tensor) -> float:
+    """KL divergence in nats of the next token, from the untouched model's logits `[V]` to those with the token."""
+    return float((plain.softmax(-1) * (plain.log_softmax(-1) - there.log_softmax(-1))).sum())
+
+
+def _probes(model: Model, token: SoftToken) -> list[Turns]:
+    """`PROBES` as the token can stand in them."""
+    return [turns for probe in PROBES if (turns := in_place(model, token, probe))]
 
 
 def _ids(exported: Model, turns: Sequence[dict[str, str]], token: SoftToken) -> tuple[int, ...]:

@@ -172,9 +172,9 @@ def effect(model: Model, token: SoftToken) -> float:
     changes, heard = [], []
     for words in PROBES:
         untouched = render(model, words, template_args=token.template_args).ids
-        base = _next_token(model, untouched, None)
-        tuned = _next_token(model, token.render(model, words).ids, token.vectors)
-        silent = _next_token(model, token.render(model, words).ids, torch.zeros_like(token.vectors))
+        base = next_logits(model, untouched, None).log_softmax(-1)
+        tuned = next_logits(model, token.render(model, words).ids, token.vectors).log_softmax(-1)
+        silent = next_logits(model, token.render(model, words).ids, torch.zeros_like(token.vectors)).log_softmax(-1)
         changes.append(float((base.exp() * (base - tuned)).sum()))
         heard.append(float((silent.exp() * (silent - tuned)).sum()))
     for values, against in ((changes, "the untouched model"), (heard, "a silent slot")):
@@ -186,7 +186,8 @@ def effect(model: Model, token: SoftToken) -> float:
     return sum(changes) / len(changes)
 
 
-def _next_token(model: Model, ids: Sequence[int], vectors: Tensor | None) -> Tensor:
-    """Log-probabilities `[V]` of the token after `ids`."""
+@torch.inference_mode()
+def next_logits(model: Model, ids: Sequence[int], vectors: Tensor | None) -> Tensor:
+    """Logits `[V]` of the token after `ids`; `vectors` fill the slot."""
     with slot(model, None if vectors is None else vectors.to(model.device)):
-        return forward(model, [ids], Past.empty(1, model.device), 1)[0, -1].log_softmax(-1)
+        return forward(model, [ids], Past.empty(1, model.device), 1)[0, -1]
