@@ -21,6 +21,7 @@ from trimtab.chat import render, reply_ids
 from trimtab.config import GuidanceSettings, settle
 from trimtab.decoding.engine import banned_ids
 from trimtab.decoding.generate import Reply, generate, traces
+from trimtab.decoding.likelihood import guided_log_odds
 from trimtab.errors import ArtefactError, ConfigError, ModelError, PathError
 from trimtab.evaluation import backends, judges
 from trimtab.evaluation.metrics import detectable, holm, mcnemar, paired_difference, wilson
@@ -386,7 +387,9 @@ def test_replies_are_those_of_generate_and_results_add_them_up(
     for record, guided, plain in zip(suite.records, after, before, strict=True):
         row = rows["guide", record.id]
         assert (row["reply"], row["tokens"], row["stop"]) == (guided.text, len(guided.ids), guided.stop)
-        assert (row["alpha"], row["risk"], row["rated"], row["log_odds"]) == (0.9, 7, True, None)
+        assert (row["alpha"], row["risk"], row["rated"]) == (0.9, 7, True)
+        (odds,) = guided_log_odds(model, [record.chat], guide, prefills=[""], alphas=[0.9], streams=[0])
+        assert row["log_odds"] == pytest.approx(odds, abs=1e-3)
         assert row["spikes"] == [int(step.spike) for step in guided.trace]
         assert row["guided"] == [int(step.spike and step.chosen != step.base) for step in guided.trace]
         assert row["divergence"] == pytest.approx([step.divergence for step in guided.trace], abs=1e-4)
@@ -415,17 +418,15 @@ def test_replies_are_those_of_generate_and_results_add_them_up(
                 "detectable": detectable(len(was), sum(a != b for a, b in zip(was, now, strict=True)) / len(was)),
             }
         }
-        # Two models share a reply: it has no log-odds of its own.
         logit = result["suites"]["small"][label]["logit"]
-        assert (logit["refusal_rate"], logit["n"], logit["unscored"]) == (None, 0, len(places))
+        assert (logit["n"], logit["unscored"]) == (len(places), 0)
         steps = [step for i in places for step in after[i].trace]
         activity = result["neuron"]["small"][label]
         assert activity["spike_rate"] == pytest.approx(sum(s.spike for s in steps) / len(steps))
         assert activity["guided_rate"] == pytest.approx(sum(s.guided for s in steps) / len(steps))
         assert activity["mean_divergence"] == pytest.approx(sum(s.divergence for s in steps) / len(steps), abs=1e-4)
         assert (activity["mean_alpha"], activity["unrated"]) == (pytest.approx(0.9), 0)
-    assert result["auc"] == {}
-    assert list(result["base"]["auc"]) == ["small"]
+    assert list(result["auc"]) == list(result["base"]["auc"]) == ["small"]
     assert result["guide"]["expert"] == guide.expert.identity  # type: ignore[union-attr]
     assert result["guide"]["neuron"] == asdict(Neuron())
     written = read_json(tmp_path / "e" / "results.json") | read_json(tmp_path / "e" / "cost.json")

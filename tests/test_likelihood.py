@@ -14,13 +14,14 @@ from conftest import FAMILIES, build, naive_logits, vectors_for
 from test_guided import EXPERTS, adapter, relative
 from trimtab.chat import render, reply_ids
 from trimtab.decoding.generate import generate
-from trimtab.decoding.likelihood import likelihood
+from trimtab.decoding.likelihood import guided_log_odds, likelihood
 from trimtab.models import Model
 from trimtab.neuron.expert import Expert, load_expert, model_expert, token_expert
 from trimtab.neuron.guide import Guide
 from trimtab.neuron.mix import mix, tv
 from trimtab.neuron.neuron import Neuron
 from trimtab.neuron.risk import ConstantRisk
+from trimtab.refusal import OPENINGS, log_odds
 from trimtab.softtoken.artifact import SoftToken
 
 CHATS = ("Hi", "Where is the inn, then? " * 3, "a  b", "the the the", "x" * 30)
@@ -126,3 +127,31 @@ def test_what_cannot_be_read_is_no_number_and_the_others_are(tiny: Callable[...,
     found = likelihood(model, ["x" * 600, "Hi", "Hi"], ["Yes", "", "Yes"])
     assert [math.isnan(p) for p, _ in found] == [True, True, False]
     assert not found[0].greedy
+
+
+@pytest.mark.parametrize("neuron", ["never", "lif", "primed", "random:0.5"])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_refusal_odds_under_a_guide(kind: str, neuron: str, tmp_path: Path) -> None:
+    """The openings' chances added up, each as likely as that reply; with a silent neuron those of the model alone."""
+    model = build("llama", "chatml", reserved=2)
+    guide = Guide(expert_of(model, kind, tmp_path), Neuron.named(neuron), risk=ConstantRisk(7))
+    turns = [[{"role": "user", "content": words}] for words in CHATS]
+    streams = list(range(len(turns)))
+    found = guided_log_odds(model, turns, guide, prefills=[""] * len(turns), alphas=[0.9] * len(turns), streams=streams)
+    alone = log_odds(model, [render(model, chat) for chat in turns])
+    for place, (chat, score) in enumerate(zip(turns, found, strict=True)):
+        n = len(OPENINGS)
+        each = likelihood(model, [chat] * n, OPENINGS, guide=guide, alphas=[0.9] * n, streams=[place] * n)
+        chance = sum(math.exp(p) for p, _ in each)
+        assert score == pytest.approx(math.log(chance / (1 - chance)), abs=2e-3)
+    assert (found == pytest.approx(alone, abs=2e-3)) is (neuron == "never")
+
+
+def test_refusal_odds_behind_a_given_beginning_and_without_room(tmp_path: Path) -> None:
+    model = build("llama", "chatml", reserved=2)
+    guide = Guide(expert_of(model, "token", tmp_path), Neuron.named("never"))
+    turns = [[{"role": "user", "content": words}] for words in ("Hi", "x" * 600)]
+    begun, outsize = guided_log_odds(model, turns, guide, prefills=["Sure, ", ""], alphas=[0.9, 0.9], streams=[0, 1])
+    (expected,) = log_odds(model, [render(model, turns[0], prefill="Sure, ")])
+    assert begun == pytest.approx(expected, abs=2e-3)
+    assert math.isnan(outsize)

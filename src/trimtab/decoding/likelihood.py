@@ -7,6 +7,7 @@ token's probability is the mixture's, elsewhere the base's.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor
 
 from trimtab.chat import Message, Prompt, as_messages, render, reply_ids
-from trimtab.decoding.engine import Ids, Row, banned_ids, by_length, common_length, forward, read
+from trimtab.decoding.engine import Ids, Prefixes, Row, banned_ids, by_length, common_length, forward
 from trimtab.decoding.sampling import chance
 from trimtab.models import Model, slot
 from trimtab.neuron.expert import Expert
 from trimtab.neuron.guide import Guide
 from trimtab.neuron.mix import DIVERGENCES, mix
+from trimtab.refusal import OPENINGS, odds
 from trimtab.softtoken.artifact import SoftToken
 
-BATCH, PLACES = 32, 256  # rows, and places of their replies, that are read together
+BATCH, PLACES = 48, 256  # rows, and places of their replies, that are read together
 
 
 class Likelihood(NamedTuple):
@@ -61,21 +63,65 @@ def likelihood(
     """
     if token is not None:
         token.check(model)
-    expert = guide.expert_for(model) if guide and guide.neuron.kind != "never" else None
+    expert = _expert(model, guide)
     turns = [as_messages(chat) for chat in chats]
     begun = prefills or [""] * len(chats)
     strengths: Sequence[float] = alphas or ()
     if guide and expert and alphas is None:
         strengths = _rated(guide, model, expert, turns)
-    vectors = token.vectors.to(model.device) if token else None
     voice: Callable[..., Prompt] = token.render if token else render
     pieces = [_piece(model, voice, expert, *each) for each in zip(turns, begun, replies, strict=True)]
-    found = [Likelihood(float("nan"), False)] * len(chats)
+    vectors = token.vectors.to(model.device) if token else None
+    return _followed(model, pieces, expert, vectors, guide, strengths, streams or [0] * len(chats), progress)
+
+
+@torch.inference_mode()
+def guided_log_odds(
+    model: Model,
+    chats: Sequence[Sequence[Message]],
+    guide: Guide,
+    *,
+    prefills: Sequence[str],
+    alphas: Sequence[float],
+    streams: Sequence[int],
+) -> list[float]:
+    """Refusal log-odds (`refusal.log_odds`) of the reply to each chat, as the guide leaves its chances: the neuron goes along each opening of a refusal. NaN where there is no room.
+
+    Args:
+        alphas, streams: as for `likelihood`, one for each chat.
+    """
+    expert = _expert(model, guide)
+    openings = [reply_ids(model, opening) for opening in OPENINGS]
+    pieces = [
+        _Piece(render(model, chat, prefill=begun).ids, expert.render(chat, prefill=begun).ids if expert else (), ids)
+        for chat, begun in zip(chats, prefills, strict=True)
+        for ids in openings
+    ]
+    strengths, drawn_by = ([x for x in values for _ in openings] for values in (alphas, streams))
+    found = _followed(model, pieces, expert, None, guide, strengths, [int(n) for n in drawn_by])
+    chances = [math.exp(each.log_probability) for each in found]
+    return [odds(sum(chances[i : i + len(openings)])) for i in range(0, len(chances), len(openings))]
+
+
+def _expert(model: Model, guide: Guide | None) -> Expert | None:
+    return guide.expert_for(model) if guide and guide.neuron.kind != "never" else None
+
+
+def _followed(
+    model: Model,
+    pieces: Sequence[_Piece],
+    expert: Expert | None,
+    vectors: Tensor | None,
+    guide: Guide | None,
+    strengths: Sequence[float],
+    streams: Sequence[int],
+    progress: Callable[[], None] | None = None,
+) -> list[Likelihood]:
+    """How likely the reply of each piece is."""
+    found = [Likelihood(float("nan"), False)] * len(pieces)
     longest = max((len(piece.said) for piece in pieces), default=1)
-    # Distributions over the vocabulary are large: the longer the replies, the fewer at a time.
-    for chunk in by_length(
-        [len(piece.context) + len(piece.said) for piece in pieces], max(1, min(BATCH, PLACES // longest))
-    ):
+    # Distributions over the vocabulary are large: the longer the replies, the fewer at a time. Replies to one chat stay together, whose prompt is then read once.
+    for chunk in by_length([len(piece.context) for piece in pieces], max(1, min(BATCH, PLACES // longest))):
         fit = [i for i in chunk if pieces[i].fits(model, expert)]
         if not fit:
             continue
@@ -84,8 +130,7 @@ def likelihood(
         chances = _read_along(model, contexts, said, slot(model, vectors), banned)
         if guide and expert:
             other = _read_along(expert.model, heard, said, expert.speaking(), banned)
-            drawn_by = [streams[i] if streams else 0 for i in fit]
-            chances = _guided(chances, other, said, guide, [strengths[i] for i in fit], drawn_by)
+            chances = _guided(chances, other, said, guide, [strengths[i] for i in fit], [streams[i] for i in fit])
         for row, i in enumerate(fit):
             along, ids = chances[row, -len(said[row]) :], torch.tensor(said[row], device=model.device)
             chosen = along.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
@@ -135,9 +180,12 @@ def _read_along(
     model: Model, contexts: Sequence[Ids], said: Sequence[Ids], voice: AbstractContextManager[None], banned: list[int]
 ) -> Tensor:
     """Probabilities `[B, T, V]` at the places of the longest reply; shorter ones are aligned at their end."""
+    apart = list(dict.fromkeys(map(tuple, contexts)))
+    row = {context: i for i, context in enumerate(apart)}
     with voice:
-        past, tails = read(model, contexts)
-        along = [[*tail, *ids[:-1]] for tail, ids in zip(tails, said, strict=True)]
+        heads = Prefixes(model, [context[:-1] for context in apart], batch_size=len(apart))
+        past = heads.past([row[tuple(context)] for context in contexts])
+        along = [[*context[-1:], *ids[:-1]] for context, ids in zip(contexts, said, strict=True)]
         logits = forward(model, along, past, max(map(len, said)))
     logits[..., banned] = -torch.inf
     return logits.softmax(-1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from trimtab.chat import Prompt, render
 from trimtab.decoding.engine import Row, by_length, decode, read
 from trimtab.decoding.generate import Reply, generate
-from trimtab.decoding.likelihood import likelihood
+from trimtab.decoding.likelihood import guided_log_odds, likelihood
 from trimtab.errors import ChatError
 from trimtab.evaluation.adaptive import beside
 from trimtab.evaluation.capability import choose_letter
@@ -162,7 +162,7 @@ def _by_itself(
 def _under_guide(
     model: Model, records: Sequence[Record], places: Sequence[int], guide: Guide, max_new_tokens: int
 ) -> Iterator[Fields]:
-    """Greedy guided replies with their traces; `places` in the suite fix what a random neuron draws. Two models share a reply, so it has no log-odds: the `logit` judge leaves it unscored."""
+    """Greedy guided replies with their traces; `places` in the suite fix what a random neuron draws. Their log-odds are those of the mixture."""
     replies = generate(
         model,
         [record.chat for record in records],
@@ -173,6 +173,16 @@ def _under_guide(
         streams=places,
     )
     letters = _letters(model, records, places, guide, replies)
+    said = [place for place, reply in enumerate(replies) if not reply.error]
+    odds = guided_log_odds(
+        model,
+        [records[i].chat for i in said],
+        guide,
+        prefills=[records[i].prefill for i in said],
+        alphas=[replies[i].alpha or 0.0 for i in said],
+        streams=[places[i] for i in said],
+    )
+    scores = {place: score for place, score in zip(said, odds, strict=True) if math.isfinite(score)}
     for place, reply in enumerate(replies):
         if reply.error:
             yield failed(reply.error)
@@ -182,7 +192,7 @@ def _under_guide(
             "reply": reply.text,
             "tokens": len(reply.ids),
             "stop": reply.stop,
-            "log_odds": None,
+            "log_odds": scores.get(place),
             "alpha": reply.alpha,
             "risk": reply.rating.risk if reply.rating else None,
             "rated": reply.rating.parsed if reply.rating else None,
