@@ -1,0 +1,41 @@
+"""Verbs that bring a token to other engines: export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.verbs.common import finish, only_given
+from trimtab.verbs.options import Json
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of an align run")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder of the checkpoint")],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="hf: a Hugging Face checkpoint; gguf: the model's own GGUF file with a row more; peft: a prompt-tuning adapter, for tokens at the start [hf]"
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="the model it was trained on, if it has moved since")] = None,
+    untie: Annotated[
+        bool | None,
+        typer.Option("--untie/--keep-tied", help="a tied head as a table of its own [where the slot would be said]"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export in DIR")] = False,
+    verify: Annotated[bool, typer.Option(help="compare the result with the token on its model")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
+    config: Annotated[Path | None, typer.Option(help="TOML file with the same settings as these options")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model with the token in it, for engines that know nothing of trimtab; verified."""
+    given = only_given(locals())
+    from trimtab.config import ExportSettings, settle
+    from trimtab.exporters.export import export_run
+    from trimtab.run import screen
+
+    settings = settle(ExportSettings, given, config)
+    finish(as_json, export_run(settings, screen(as_json)))
