@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -407,6 +408,33 @@ def test_every_third_step_looks_at_the_wording(model: Model, monkeypatch: pytest
     assert seen == (seen[:1] + [seen[1]] * 2) * 7 + [9]
 
 
+def script(monkeypatch: pytest.MonkeyPatch, looks: list[tuple[float, float]]) -> tuple[Any, list[torch.Tensor]]:
+    """Validation that finds `looks`, refused of harmful and answered of benign, one after another; what is left of them, and the vectors that were looked at."""
+    rates, seen = iter(looks), []
+
+    def scripted(model: Model, examples: object, vectors: torch.Tensor) -> tuple[float, float]:
+        seen.append(vectors.clone())
+        return next(rates)
+
+    monkeypatch.setattr("trimtab.softtoken.train.validate", scripted)
+    monkeypatch.setattr(
+        "trimtab.softtoken.train.summary",
+        lambda found: {
+            "harmful_refusal": found[0],
+            "benign_compliance": found[1],
+            "harmonic_mean": harmonic_mean(*found),
+        },
+    )
+    return rates, seen
+
+
+def trainer_of(model: Model, floor: float = 0.0, **changed: Any) -> Trainer:
+    settings = SHORT.model_copy(update={"steps": 2, "eval_every": 2, "calibration_steps": 2, **changed})
+    prepared = prepare(model, records(), settings)
+    data = TrainingSet(model, prepared.samples, prepared.base, settings, "assistant")
+    return Trainer(model, data, prepared.held, settings, None, floor)
+
+
 @pytest.mark.parametrize(
     ("looks", "shares", "kept"),
     [
@@ -424,25 +452,8 @@ def test_calibration_stops_where_the_worse_rate_is_best(
     shares: list[float],
     kept: float | None,
 ) -> None:
-    rates, seen = iter(looks), []
-
-    def scripted(model: Model, examples: object, vectors: torch.Tensor) -> tuple[float, float]:
-        seen.append(vectors.clone())
-        return next(rates)
-
-    monkeypatch.setattr("trimtab.softtoken.train.validate", scripted)
-    monkeypatch.setattr(
-        "trimtab.softtoken.train.summary",
-        lambda found: {
-            "harmful_refusal": found[0],
-            "benign_compliance": found[1],
-            "harmonic_mean": harmonic_mean(*found),
-        },
-    )
-    settings = SHORT.model_copy(update={"steps": 2, "eval_every": 2, "calibration_steps": 2})
-    prepared = prepare(model, records(), settings)
-    data = TrainingSet(model, prepared.samples, prepared.base, settings, "assistant")
-    trainer = Trainer(model, data, prepared.held, settings, None)
+    rates, seen = script(monkeypatch, looks)
+    trainer = trainer_of(model)
     trainer.run(lambda: None)
     trainer.calibrate()
     begin, end, *between = seen
@@ -456,6 +467,54 @@ def test_calibration_stops_where_the_worse_rate_is_best(
     assert (trainer.kept["harmful_refusal"], trainer.kept["benign_compliance"]) == looks[
         0 if kept is None else shares.index(kept) + 1
     ]
+
+
+@pytest.mark.parametrize(
+    ("looks", "kept"),
+    [
+        (
+            [(0.7, 0.8), (0.8, 0.75), (0.92, 0.6), (0.86, 0.7), (0.88, 0.9), (0.91, 0.7)],
+            5,
+        ),  # goes on until enough, then for the balance
+        ([(0.7, 0.8), (0.6, 0.9)], 0),  # no way up
+        ([(0.95, 0.5), (0.85, 0.9), (0.93, 0.6)], 2),  # enough before: answers are won above the floor only
+        ([(0.95, 0.5), (0.85, 0.9), (0.85, 0.9)], 0),
+    ],
+)
+def test_refusals_that_must_be_kept_come_first(
+    model: Model, monkeypatch: pytest.MonkeyPatch, looks: list[tuple[float, float]], kept: int
+) -> None:
+    rates, _ = script(monkeypatch, looks)
+    trainer = trainer_of(model, floor=0.9)
+    trainer.run(lambda: None)
+    trainer.calibrate()
+    assert next(rates, None) is None
+    assert (trainer.kept["harmful_refusal"], trainer.kept["benign_compliance"]) == looks[kept]
+
+
+@pytest.mark.parametrize(("floor", "best"), [(0.0, 1), (0.9, 0)])
+def test_selection_asks_for_the_floor_first(
+    model: Model, monkeypatch: pytest.MonkeyPatch, floor: float, best: int
+) -> None:
+    looks = [(0.9, 0.4), (0.8, 0.8)]
+    script(monkeypatch, looks)
+    trainer = trainer_of(model, floor, eval_every=1)
+    trainer.run(lambda: None)
+    assert (trainer.kept["harmful_refusal"], trainer.kept["benign_compliance"]) == looks[best]
+
+
+def test_the_floor_is_a_share_of_what_was_refused_before(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    begin = Trainer.__init__
+
+    def watched(self: Trainer, *args: Any, floor: float = 0.0) -> None:
+        seen.append(floor)
+        begin(self, *args, floor=floor)
+
+    monkeypatch.setattr(Trainer, "__init__", watched)
+    monkeypatch.setattr("trimtab.softtoken.train.is_refusal", lambda _words: True)
+    tt.align(model, records(), settings=SHORT.model_copy(update={"keep": 0.5}))
+    assert seen == [0.5]
 
 
 def test_a_vector_does_not_run_away(model: Model) -> None:
@@ -503,13 +562,8 @@ def test_pilots_that_are_done_are_not_run_again(model: Model, tmp_path: Path, mo
 
 
 def test_an_earlier_look_that_was_better_is_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = iter([(0.9, 0.8), (0.95, 0.6), (0.5, 0.9)])
-    monkeypatch.setattr("trimtab.softtoken.train.validate", lambda *_: next(rates))
-    monkeypatch.setattr("trimtab.softtoken.train.summary", lambda found: {"harmonic_mean": harmonic_mean(*found)})
-    settings = SHORT.model_copy(update={"steps": 5, "eval_every": 2})
-    prepared = prepare(model, records(), settings)
-    data = TrainingSet(model, prepared.samples, prepared.base, settings, "assistant")
-    trainer = Trainer(model, data, prepared.held, settings, None)
+    script(monkeypatch, [(0.9, 0.8), (0.95, 0.6), (0.5, 0.9)])
+    trainer = trainer_of(model, steps=5)
     seen = []
     trainer.run(lambda: seen.append(trainer.vectors.clone()))
     assert torch.equal(trainer.best, seen[1])

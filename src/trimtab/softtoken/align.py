@@ -24,7 +24,7 @@ from trimtab.softtoken.openings import compliant_openings, prefill_refusal
 from trimtab.softtoken.targets import collect
 from trimtab.softtoken.train import MAX_PREFIX, Trainer, TrainingSet, summary, validate
 
-SCHEME = 4  # raised when the same settings train otherwise than before: a run begun then is not gone on with
+SCHEME = 5  # raised when the same settings train otherwise than before: a run begun then is not gone on with
 VALIDATION_PROMPTS = 240  # at most; every look decodes the beginnings of that many replies
 PILOT_SHARE = 5  # a pilot takes a fifth of the steps
 
@@ -121,7 +121,8 @@ def align(
     validation = _with_slot(model, held, settings, position)
     preparing = cost.record("")["seconds"]
 
-    trainer = Trainer(model, data, validation, settings, folder)
+    before: dict[str, float | None] = {**summary(validate(model, held, None))}
+    trainer = Trainer(model, data, validation, settings, folder, floor=settings.keep * (before["harmful_refusal"] or 0))
     if trainer.resume():
         console.print(f"going on from step {trainer.step} of {settings.steps}")
     with progress("training", settings.steps) as advance:
@@ -130,7 +131,6 @@ def align(
     trainer.calibrate()
     trained = round(cost.record("")["seconds"] - preparing, 2)
     token = SoftToken.of(model, trainer.best, position)
-    before: dict[str, float | None] = {**summary(validate(model, held, None))}
     after: dict[str, float | None] = dict(trainer.kept)
     begun = compliant_openings(model, held) if settings.goal == "refuse" else {}
     if begun:

@@ -40,6 +40,7 @@ WINDOW = 8  # batches that are sorted by length together
 START_LENGTH = 35.0  # in mean lengths of the table's rows
 MAX_LENGTH = 10.0  # in start lengths; beyond, steps that only lengthen would make all later ones small
 CALIBRATION_SHARE = 0.2  # of the radius
+CALIBRATION_ROUNDS = 6  # at most, while refusals that are to be kept are not
 MAX_PREFIX = 12  # tokens of its own that a reply may have begun with, for the goal `refuse`
 PREFIX_SHARE = 0.5  # chance of an opening, for the goal `refuse`
 VALIDATION_TOKENS = 10  # enough words to tell a refusal from an apology
@@ -267,21 +268,21 @@ def initial(model: Model, n_tokens: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(direction, dim=1) * length
 
 
-def _too_strict(rates: Mapping[str, float]) -> bool:
-    return rates["harmful_refusal"] > rates["benign_compliance"]
-
-
-def _worse(rates: Mapping[str, float]) -> float:
-    return min(rates["harmful_refusal"], rates["benign_compliance"])
-
-
 class Trainer:
     """The state of a training run: vectors, optimiser, best vectors so far, history. All of it goes into a checkpoint."""
 
     def __init__(
-        self, model: Model, data: TrainingSet, validation: Examples, settings: AlignSettings, folder: Path | None
+        self,
+        model: Model,
+        data: TrainingSet,
+        validation: Examples,
+        settings: AlignSettings,
+        folder: Path | None,
+        floor: float = 0.0,
     ) -> None:
+        """`floor`: the share of harmful validation requests that must be refused before anything else counts."""
         self.model, self.data, self.validation, self.settings, self.folder = model, data, validation, settings, folder
+        self.floor = floor
         self.vectors = initial(model, settings.tokens, settings.seed)
         self.start_length = float(self.vectors[0].norm())
         self.optimiser = NaturalGradient(self.vectors, settings.damping)
@@ -314,33 +315,44 @@ class Trainer:
                 advance()
 
     def calibrate(self) -> None:
-        """A few small steps from the best vectors towards equal rates of refused harmful and answered benign requests, and the best place on that way.
+        """Small steps from the best vectors towards equal rates of refused harmful and answered benign requests, or until enough is refused, and the best place on that way.
 
         The losses' weights are tilted against the side that does too well. Where that tips the balance over, half the way is looked at too. Kept is where
-        the worse of the two rates is best on validation.
+        the worse of the two rates is best on validation, among places that refuse enough.
         """
-        s, first = self.settings, self.kept
-        if s.calibration_steps == 0 or not first:
-            return
-        too_strict = _too_strict(first)
-        weight = (s.benign_weight + 1) / 2 if too_strict else s.benign_weight / 2
-        self.vectors.copy_(self.best)
-        with progress("calibrating", s.calibration_steps) as advance:
-            for _ in range(s.calibration_steps):
-                self.take_step(s.radius * CALIBRATION_SHARE, weight)
-                advance()
-        end = self.vectors.clone()
-        ways: list[tuple[dict[str, Any], Tensor]] = []
-        for share in (1.0, 0.5):
-            vectors = torch.lerp(self.best, end, share)
-            found = summary(validate(self.model, self.validation, vectors))
-            ways.append(({**found, "calibration": share}, vectors))
-            if _too_strict(found) == too_strict:  # the balance is not between this and the best
+        s = self.settings
+        for _ in range(CALIBRATION_ROUNDS if s.calibration_steps and self.kept else 0):
+            lacking = self.kept["harmful_refusal"] < self.floor
+            too_strict = self._too_strict(self.kept)
+            weight = (s.benign_weight + 1) / 2 if too_strict else s.benign_weight / 2
+            begin, before = self.best, self.kept
+            self.vectors.copy_(begin)
+            with progress("calibrating", s.calibration_steps) as advance:
+                for _ in range(s.calibration_steps):
+                    self.take_step(s.radius * CALIBRATION_SHARE, weight)
+                    advance()
+            end = self.vectors.clone()
+            ways: list[tuple[dict[str, Any], Tensor]] = []
+            for share in (1.0, 0.5):
+                vectors = torch.lerp(begin, end, share)
+                found = summary(validate(self.model, self.validation, vectors))
+                ways.append(({**found, "calibration": share}, vectors))
+                if self._too_strict(found) == too_strict:  # the balance is not between this and the best
+                    break
+            found, vectors = max(ways, key=lambda way: self._worth(way[0]))
+            self.history[-1].update(found)
+            if self._worth(found) > self._worth(before):
+                self.best, self.kept = vectors, self.history[-1]
+            if not lacking or self.kept is before:
                 break
-        found, vectors = max(ways, key=lambda way: _worse(way[0]))
-        self.history[-1].update(found)
-        if _worse(found) > _worse(first):
-            self.best, self.kept = vectors, self.history[-1]
+
+    def _too_strict(self, rates: Mapping[str, float]) -> bool:
+        """Whether more is refused than must be, and more than is answered."""
+        return rates["harmful_refusal"] > max(rates["benign_compliance"], self.floor)
+
+    def _worth(self, rates: Mapping[str, float], balance: Callable[..., float] = min) -> tuple[float, float]:
+        """What places are compared by: refusals up to the floor come first, then the `balance` of the two rates."""
+        return min(rates["harmful_refusal"], self.floor), balance(rates["harmful_refusal"], rates["benign_compliance"])
 
     def take_step(self, radius: float, weight: float) -> None:
         """One step of at most `radius` nats with benign weight `weight`.
@@ -371,7 +383,7 @@ class Trainer:
     def _look(self) -> None:
         """Measure on the validation split and keep the vectors if they are the best so far."""
         self.history[-1].update(summary(validate(self.model, self.validation, self.vectors)))
-        if self.history[-1]["harmonic_mean"] > self.kept.get("harmonic_mean", -1):
+        if not self.kept or self._worth(self.history[-1], harmonic_mean) > self._worth(self.kept, harmonic_mean):
             self.best, self.kept = self.vectors.clone(), self.history[-1]
 
     def checkpoint(self) -> None:
