@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from conftest import FAMILIES, build, naive_logits, vectors_for
 from trimtab.adapter import CONFIG, WEIGHTS
 from trimtab.chat import POSITIONS, render
-from trimtab.config import ExportSettings
+from trimtab.config import ChatSettings, ExportSettings, settle
 from trimtab.decoding.generate import generate
 from trimtab.errors import ArtefactError, ChatError, ExportError
 from trimtab.exporters.export import export, export_run
 from trimtab.exporters.peft import write_prompt
+from trimtab.guidance import load_guided
 from trimtab.models import Model, load
 from trimtab.neuron.expert import load_expert
 from trimtab.run import screen
@@ -171,6 +172,16 @@ def test_rows_trained_elsewhere_need_a_template_that_says_them(tmp_path: Path) -
     path = tmp_path / "chat_template.jinja"
     path.write_text(path.read_text() + "{{ '" + letter + "' }}")
     assert SoftToken.load(tmp_path, model).position == "reply"
+
+
+def test_commands_take_an_adapter_for_a_token(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load(folder)
+    token = SoftToken.of(model, vectors_for(model, 2, 8.0), "start")
+    write_prompt(tmp_path, model, token)
+    _, guidance = load_guided(settle(ChatSettings, {"model": str(folder), "token": tmp_path}))
+    assert torch.equal(guidance["token"].vectors, token.vectors)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "and names this model: that it was trained on these very weights cannot be known" in said
 
 
 def test_adapters_that_are_no_token_here(tmp_path: Path) -> None:

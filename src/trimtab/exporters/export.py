@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trimtab.adapter import is_adapter
 from trimtab.config import ExportSettings
-from trimtab.errors import ExportError, RunError
+from trimtab.errors import ConfigError, ExportError, RunError
 from trimtab.exporters import gguf
 from trimtab.exporters.card import write_card
 from trimtab.exporters.checkpoint import STORED
@@ -168,6 +168,10 @@ def _adapter(
 
 def export_run(settings: ExportSettings, people: Console) -> dict[str, Any]:
     """`trimtab export`: the token of a run, with the model it names; or with --dry-run the plan alone."""
+    if settings.format == "peft" and settings.untie is not None:
+        raise ConfigError(
+            "--untie is about a head, which an adapter does not hold.", "Leave it out, or use --format hf."
+        )
     if is_adapter(settings.run):
         if settings.model is None:
             raise ExportError(
