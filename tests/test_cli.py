@@ -609,7 +609,7 @@ def test_export_writes_a_checkpoint_and_a_dry_run_writes_nothing(
     [
         (["--format", "onnx"], 2, "format: input should be 'hf', 'gguf' or 'peft'"),
         (["--format", "gguf"], 1, "was not read from a GGUF file"),
-        (["--format", "peft"], 1, "this one was trained at user.\n  Use --format hf"),
+        (["--format", "peft", "--untie"], 2, "--untie is about a head, which an adapter does not hold"),
         (["--model", "nowhere/at-all/here"], 2, "no model 'nowhere/at-all/here'"),
     ],
 )

@@ -127,7 +127,7 @@ class ExportSettings(Settings):
     run: Path
     out: Path
     format: Literal["hf", "gguf", "peft"] = "hf"
-    """hf: a Hugging Face checkpoint. gguf: the model's own GGUF file with a row more. peft: a prompt-tuning adapter, for tokens at the start."""
+    """hf: a Hugging Face checkpoint. gguf: the model's own GGUF file with a row more. peft: an adapter, prompt tuning for tokens at the start and trainable tokens elsewhere."""
     model: str | None = None
     """The model it was trained on, if it has moved since."""
     untie: bool | None = None

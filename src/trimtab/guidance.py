@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trimtab.adapter import is_adapter
 from trimtab.config import GuidanceSettings, ModelSettings
 from trimtab.models import Model, load
 from trimtab.neuron.guide import guide_from
@@ -28,7 +29,7 @@ def load_guided(settings: GuidanceSettings) -> tuple[Model, dict[str, Any]]:
     Raises:
         ArtefactError, ConfigError, ModelError: something that cannot be used, or not together.
     """
-    if settings.token:
+    if settings.token and not is_adapter(settings.token):  # which is read for a model only
         SoftToken.load(settings.token)  # a bad path is told before the model loads
     model = load_model(settings)
     token = SoftToken.load(settings.token, model) if settings.token else None

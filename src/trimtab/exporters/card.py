@@ -9,8 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from trimtab.adapter import base_of
 from trimtab.chat import POSITION_MEANING
-from trimtab.exporters.peft import base_of
 from trimtab.exporters.verify import in_words
 from trimtab.models import ALIASES, Model
 from trimtab.run import write

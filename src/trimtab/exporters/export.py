@@ -14,17 +14,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from trimtab.adapter import is_adapter
 from trimtab.config import ExportSettings
-from trimtab.errors import ExportError, RunError
+from trimtab.errors import ConfigError, ExportError, RunError
 from trimtab.exporters import gguf
 from trimtab.exporters.card import write_card
 from trimtab.exporters.checkpoint import STORED
 from trimtab.exporters.head import loudest, states, unsaid
 from trimtab.exporters.huggingface import write_settings, write_template, write_tokenizer, write_weights
-from trimtab.exporters.peft import require_start, write_adapter
-from trimtab.exporters.plan import RECORD, Format, Plan, folder_of, gguf_file, plan, show
+from trimtab.exporters.ollama import modelfile
+from trimtab.exporters.peft import write_prompt, write_rows
+from trimtab.exporters.plan import MODELFILE, RECORD, Format, Plan, folder_of, gguf_file, plan, show
 from trimtab.exporters.template import Proof, in_place, unsafe, with_slot
-from trimtab.exporters.verify import in_words, verify, verify_adapter, verify_rows
+from trimtab.exporters.verify import in_words, verify, verify_adapter, verify_rows, verify_tokens
 from trimtab.models import Model, describe_machine, load_at
 from trimtab.prompts.sources import load_prompts
 from trimtab.run import Cost, alone, console, create, progress, tell, write_json
@@ -32,6 +34,10 @@ from trimtab.softtoken.artifact import SoftToken
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY, errno.EFBIG}
 SAID = 1e-3  # a slot likelier than this, once, is too loud for a tied head
+PEFT_FORMS = {
+    "prompt tuning": "the token stands before everything else, the one place that form knows",
+    "trainable tokens": "a row of the vocabulary, which the chat template in the folder says in its place; any place but the start",
+}
 HEARD = 60  # prompts along whose replies the slot's own probability is measured; a third of them are not fitted to
 
 
@@ -50,7 +56,7 @@ def export(
 
     Args:
         model: the model the token was trained on; its files are read where they are, tensor by tensor.
-        format: `hf`, a Hugging Face checkpoint; `gguf`, the model's own GGUF file with a row more; `peft`, a prompt-tuning adapter, for tokens at the start.
+        format: `hf`, a Hugging Face checkpoint; `gguf`, the model's own GGUF file with a row more; `peft`, an adapter: prompt tuning for tokens at the start, trainable tokens elsewhere.
         untie: write out a tied head as a table of its own. If not given, where the slot would otherwise be said: measured.
         force: replace an earlier export in `out`.
         check: verify the result (`verify.py`); needs room for a second model.
@@ -65,10 +71,9 @@ def export(
     cost, target = Cost(), Path(out).resolve()
     _require_free(target, force, [path for path in (run, folder_of(model) if format != "peft" else None) if path])
     token.check(model)
-    if format == "peft":
-        require_start(token)
+    if format == "peft" and token.position == "start":
         with _beside(target, 2 * token.vectors.numel() * 4, force) as scratch:
-            write_adapter(scratch, model, token)
+            write_prompt(scratch, model, token)
             verified = verify_adapter(model, token, scratch) if check else None
             result: dict[str, Any] = {
                 "format": format,
@@ -80,14 +85,17 @@ def export(
         return result
     heard, silent = _head(model, token)
     tied = loudest(model, heard, token.vectors)
-    found = plan(model, token, format=format, untie=tied > SAID if untie is None else untie)
+    found = plan(model, token, format=format, untie=(tied > SAID if untie is None else untie) and format != "peft")
     if format == "gguf" and not gguf.holds_silence(gguf_file(model)):
         silent = torch.zeros_like(silent)
     # Rows that the model's own head has already stay as they are there.
-    own = loudest(model, heard, silent) if found.appended and (found.untie or not found.tied) else None
+    grown = (
+        found.appended and format != "peft"
+    )  # where PEFT loads, transformers makes the output row, and it is suppressed
+    own = loudest(model, heard, silent) if grown and (found.untie or not found.tied) else None
     if own is not None and own > SAID:
         console.print(f"the slot may be generated: its own output row reaches a probability of {own:.2g}")
-    write = {"hf": _checkpoint, "gguf": _gguf}[format]
+    write = {"hf": _checkpoint, "gguf": _gguf, "peft": _adapter}[format]
     with _beside(target, found.size, force) as scratch:
         proof, verified = write(found, model, token, scratch, silent, check)
         result = {
@@ -142,27 +150,53 @@ def _gguf(
             untie=found.untie,
             advance=lambda size: advance(size // 1000),
         )
+    words = modelfile(model, token, found)
+    (scratch / MODELFILE).write_text(words, encoding="utf-8")
     return proof, verify_rows(model, token, source, target, kind, found.ids) if check else None
+
+
+def _adapter(
+    found: Plan, model: Model, token: SoftToken, scratch: Path, silent: Tensor, check: bool
+) -> tuple[Proof, dict[str, Any] | None]:
+    """Trainable tokens for PEFT, with tokenizer and template."""
+    write_rows(scratch, model, token, found)
+    tokenizer = write_tokenizer(found, model, scratch)
+    template, proof = with_slot(model, token, tokenizer, found.names)
+    write_template(found.source, scratch, template)
+    return proof, verify_tokens(model, token, scratch, found) if check else None
 
 
 def export_run(settings: ExportSettings, people: Console) -> dict[str, Any]:
     """`trimtab export`: the token of a run, with the model it names; or with --dry-run the plan alone."""
-    identity = SoftToken.load(settings.run).identity()
-    origin = identity.origin
-    home = f"{origin['id']}@{origin['revision']}" if "id" in origin else origin.get("path", identity.model)
-    model = load_at(settings.model or home, dtype=identity.dtype)
+    if settings.format == "peft" and settings.untie is not None:
+        raise ConfigError(
+            "--untie is about a head, which an adapter does not hold.", "Leave it out, or use --format hf."
+        )
+    if is_adapter(settings.run):
+        if settings.model is None:
+            raise ExportError(
+                f"{settings.run} is a PEFT adapter, which does not know its model.", "Say which: --model."
+            )
+        model = load_at(settings.model)
+    else:
+        identity = SoftToken.load(settings.run).identity()
+        origin = identity.origin
+        home = f"{origin['id']}@{origin['revision']}" if "id" in origin else origin.get("path", identity.model)
+        model = load_at(settings.model or home, dtype=identity.dtype)
     token = SoftToken.load(settings.run, model)
-    if settings.dry_run and settings.format == "peft":
-        require_start(token)
+    if settings.format == "peft":
+        form = "prompt tuning" if token.position == "start" else "trainable tokens"
+        tell(people, f"{form}: {PEFT_FORMS[form]} (trained at {token.position})")
+    if settings.dry_run and settings.format == "peft" and token.position == "start":
         tell(
             people,
             "an adapter of its own: adapter_config.json and adapter_model.safetensors; the model's files stay as they are",
         )
-        return {"format": "peft", "numbers": token.vectors.numel()}
+        return {"format": "peft", "form": "prompt tuning", "numbers": token.vectors.numel()}
     if settings.dry_run:
         # Whether a tied head would be written out is measured; unless told, the plan takes the larger of the two.
         found = plan(model, token, format=settings.format, untie=settings.untie is not False)
-        show(found, people, measured=settings.untie is not None)
+        show(found, people, measured=settings.untie is not None or settings.format == "peft")
         return found.record()
     result = export(
         model,

@@ -15,7 +15,7 @@ from trimtab.chat import render
 from trimtab.decoding.generate import generate
 from trimtab.errors import ConfigError, ExportError
 from trimtab.exporters import gguf
-from trimtab.exporters.plan import folder_of
+from trimtab.exporters.plan import Plan, folder_of
 from trimtab.exporters.template import Turns, in_place
 from trimtab.models import Model, load
 from trimtab.softtoken.artifact import NO_EFFECT, SoftToken, next_logits
@@ -52,8 +52,13 @@ def verify(model: Model, token: SoftToken, folder: Path, dtype: torch.dtype) -> 
     Raises:
         ExportError: they differ, or the token has no effect there.
     """
+    exported = load(folder, dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))
+    return _compare(model, token, folder, exported, dtype)
+
+
+def _compare(model: Model, token: SoftToken, folder: Path, exported: Model, dtype: torch.dtype) -> dict[str, Any]:
+    """As `verify`, with what an engine makes of the folder."""
     name = str(model.dtype).removeprefix("torch.")
-    exported = load(folder, dtype=name, device=str(model.device))
     rounded = replace(token, vectors=token.vectors.to(dtype).float())
     worst = effect = rounding = 0.0
     probes = _probes(model, token)
@@ -142,23 +147,45 @@ def verify_rows(
     }
 
 
-def verify_adapter(model: Model, token: SoftToken, folder: Path) -> dict[str, Any]:
-    """Load the adapter in `folder` with PEFT, on the model's own files read again, and compare logits and the effect.
+def verify_tokens(model: Model, token: SoftToken, folder: Path, found: Plan) -> dict[str, Any]:
+    """As `verify`, of trainable tokens: loaded by PEFT on the model's own files, as the card says to, with the folder's tokenizer.
 
     Raises:
         ConfigError: PEFT is not installed. ExportError: they differ, or the token has no effect there.
     """
+    from transformers import AutoTokenizer
+
+    base = load(folder_of(model), dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))
+    if found.appended:
+        base.network.resize_token_embeddings(found.rows[1], mean_resizing=False)
+    base.network.generation_config.suppress_tokens = list(found.ids)
+    network = _peft_on(base.network, folder)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    exported = replace(base, network=network, tokenizer=tokenizer)
+    return {**_compare(model, token, folder, exported, model.dtype), "engine": "PEFT"}
+
+
+def _peft_on(network: Any, folder: Path) -> Any:
+    """Raises ConfigError where PEFT is not installed."""
     try:
         from peft import PeftModel
     except ImportError:
         raise ConfigError(
             "verifying an adapter needs PEFT.", "pip install 'trimtab[expert]', or --no-verify."
         ) from None
-    name = str(model.dtype).removeprefix("torch.")
-    network = load(folder_of(model), dtype=name, device=str(model.device)).network
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
-        wrapped = PeftModel.from_pretrained(network, folder)
+        return PeftModel.from_pretrained(network, folder).eval()
+
+
+def verify_adapter(model: Model, token: SoftToken, folder: Path) -> dict[str, Any]:
+    """Load the prompt-tuning adapter in `folder` with PEFT, on the model's own files read again, and compare logits and the effect.
+
+    Raises:
+        ConfigError: PEFT is not installed. ExportError: they differ, or the token has no effect there.
+    """
+    name = str(model.dtype).removeprefix("torch.")
+    wrapped = _peft_on(load(folder_of(model), dtype=name, device=str(model.device)).network, folder)
     worst = effect = 0.0
     slots = set(model.slot_ids(len(token.vectors)))
     for turns in PROBES:
@@ -201,7 +228,7 @@ def in_words(found: dict[str, Any]) -> str:
             f"{found['logits_max_difference']:.1e} at most (tolerance {found['tolerance']:g}); effect {found['effect_kl']:.2g} nats"
         )
     return (
-        f"loaded by transformers alone and compared with the token on its model, in {found['dtype']}: logits differ by {found['logits_max_difference']:.1e} at most "
+        f"loaded by {found.get('engine', 'transformers')} alone and compared with the token on its model, in {found['dtype']}: logits differ by {found['logits_max_difference']:.1e} at most "
         f"(tolerance {found['tolerance']:g}), {found['replies_equal']} of {found['probes']} greedy replies of {REPLY_TOKENS} tokens equal; effect {found['effect_kl']:.2g} nats; "
         f"storing the row as {found['stored_dtype']} changes logits by {found['rounding_of_the_row']:.2g}"
     )

@@ -94,9 +94,9 @@ def token_expert(token: SoftToken, base: Model, *, name: str = "token") -> Exper
 
 
 def lora_expert(folder: Path, base: Model, *, name: str = "lora") -> Expert:
-    """A LoRA adapter trained on `base`. It costs one more row in the batch."""
+    """A LoRA adapter trained on `base`, here or with PEFT elsewhere. It costs one more row in the batch."""
     expert = lora.load_adapter(folder, base)
-    return Expert(name, lora.identity(folder).seal, expert, shares_weights=True)
+    return Expert(name, lora.adapter_identity(folder), expert, shares_weights=True)
 
 
 def model_expert(expert: Model, base: Model, *, name: str = "model") -> Expert:

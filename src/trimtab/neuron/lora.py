@@ -2,7 +2,8 @@
 
 Base and expert share one set of weights, so one forward pass computes both: some rows of a batch pass the adapter by,
 the others go through it. Saved in PEFT's own format (`adapter_config.json`, `adapter_model.safetensors`), with
-`expert.json` beside it, which knows the model it belongs to (law 5), as `token.json` does.
+`expert.json` beside it, which knows the model it belongs to (law 5), as `token.json` does. A LoRA adapter that anybody
+trained with PEFT is taken too, where it is plain enough to be heard row by row; it knows its model by name at most.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from trimtab.adapter import CONFIG, WEIGHTS, Adapter, is_adapter, read, tell_base
 from trimtab.chat import template_hash
-from trimtab.errors import ModelError, NoEffectError, UsageError
+from trimtab.errors import ArtefactError, ModelError, NoEffectError, UsageError
 from trimtab.identity import FORMAT, Identity, read_whole
 from trimtab.models import Model
 from trimtab.run import create, existing, write, write_json
 
-WEIGHTS, CONFIG, IDENTITY = "adapter_model.safetensors", "adapter_config.json", "expert.json"
+IDENTITY = "expert.json"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # PEFT's word for no adapter, and ours for this one.
 BASE, EXPERT = "__base__", "expert"
+PLAIN = "Plain LoRA on linear layers can be used (rsLoRA too): train or convert it so, or merge it and give the model as --expert model:DIR."
+# Of an adapter that began otherwise (PiSSA and its like) PEFT changes the base's own weights to make up for it.
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal")
 
 
 class ExpertIdentity(Identity):
@@ -111,7 +116,8 @@ def save_adapter(expert: Model, folder: Path) -> None:
 
 
 def load_adapter(folder: Path, model: Model) -> Model:
-    """The expert: `model` with the adapter from its folder, or from the run folder above it; silent until `speaking`.
+    """The expert: `model` with the adapter from its folder, or from the run folder above it; silent until `speaking`. One without `expert.json` was
+    trained elsewhere: its shapes are checked, and its base by name.
 
     PEFT puts its layers into `model.network` itself. Outside of `speaking` they only pass on what the base's own layers
     compute, so both models are the untouched base.
@@ -120,13 +126,21 @@ def load_adapter(folder: Path, model: Model) -> Model:
         PathError: no such folder. ArtefactError: missing, truncated or edited files; a model that differs, and in what.
         UsageError: peft is missing, or the model wears an adapter already.
     """
-    path = _adapter_folder(folder)
-    identity(folder).check(model)
+    path = _adapter_folder(existing(folder))
+    foreign = None if (path / IDENTITY).is_file() or not is_adapter(path) else read(path, ("LORA",))
     peft = load_peft()
     _require_bare(model)
+    if foreign:
+        _require_plain(foreign, model)
+        tell_base(foreign, model)
+    else:
+        identity(folder).check(model)
     fingerprint = model.fingerprint
     with _wrapping(0):  # PEFT draws weights before it reads them
         network = peft.PeftModel.from_pretrained(model.network, str(path), adapter_name=EXPERT)
+    if foreign and (why := _not_heard_by_row(network, foreign)):
+        network.unload()
+        raise ArtefactError(f"the adapter in {path} cannot be heard beside its base: {why}.", PLAIN)
     if not any(bool(w.any()) for key, w in network.named_parameters() if "lora_B" in key):
         network.unload()
         raise NoEffectError(
@@ -161,6 +175,47 @@ def speaking(expert: Model, *, beside_base: bool = False) -> Iterator[None]:
         yield
 
 
+def _require_plain(adapter: Adapter, model: Model) -> None:
+    """Raises ArtefactError where the adapter is more than LoRA matrices on linear layers of `model`, before PEFT puts anything into it: saved biases,
+    embeddings and the like would overwrite the base's own."""
+    where, config = adapter.folder, adapter.config
+    if config.get("use_dora"):
+        raise ArtefactError(
+            f"the adapter in {where} is DoRA, which cannot be heard beside its base in one pass.", PLAIN
+        )
+    plain = {"layer_replication": (None,), "bias": (None, "none"), "init_lora_weights": PLAIN_STARTS}
+    if odd := [f"{name}: {config[name]}" for name, usual in plain.items() if config.get(name) not in usual]:
+        raise ArtefactError(f"the adapter in {where} changes the base model itself ({', '.join(odd)}).", PLAIN)
+    linear = {name: layer for name, layer in model.network.named_modules() if isinstance(layer, nn.Linear)}
+    for name, tensor in adapter.tensors.items():
+        place, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+        if rest not in ("A.weight", "B.weight"):
+            raise ArtefactError(f"the adapter in {where} holds more than LoRA matrices: {name}.", PLAIN)
+        if place not in linear:
+            raise ArtefactError(
+                f"the adapter in {where} is for a layer {place}, and {model.name} has no linear layer of that name.",
+                f"It belongs to another model; it names {adapter.config.get('base_model_name_or_path') or 'none'}.",
+            )
+        width = linear[place].in_features if rest == "A.weight" else linear[place].out_features
+        if tensor.shape[-1 if rest == "A.weight" else 0] != width:
+            raise ArtefactError(
+                f"the adapter in {where} does not fit: {name} has shape {tuple(tensor.shape)}, for a width of {width} in {model.name}.",
+                f"It belongs to another model; it names {adapter.config.get('base_model_name_or_path') or 'none'}.",
+            )
+
+
+def _not_heard_by_row(network: Any, adapter: Adapter) -> str:
+    """Why PEFT could not let some rows of a batch pass this adapter by; nothing where it can."""
+    lora = import_module("peft.tuners.lora")
+    layers = [layer for layer in network.modules() if isinstance(layer, lora.LoraLayer)]
+    if odd := sorted(
+        {type(layer).__name__ for layer in layers if not isinstance(layer, lora.Linear) or layer.lora_variant}
+    ):
+        return f"its layers are not plain ({', '.join(odd)})"
+    matrices = len(adapter.tensors)
+    return "" if matrices == 2 * len(layers) else f"{matrices} matrices for {len(layers)} layers; it is damaged"
+
+
 def _dressed(model: Model, network: Any, fingerprint: str) -> Model:
     """`model` with another network; who it is does not change with what it wears."""
     network.eval()
@@ -180,6 +235,7 @@ def _wrapping(seed: int) -> Iterator[None]:
     names in transformers that PEFT has yet to follow."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # counted afterwards, and an error
         torch.manual_seed(seed)  # adapters are drawn on the CPU, whatever device they move to
         yield
 
@@ -195,6 +251,16 @@ def identity(folder: Path) -> ExpertIdentity:
     for name, sha256 in ((WEIGHTS, found.sha256), (CONFIG, found.config_sha256)):
         read_whole(path / name, sha256)
     return found
+
+
+def adapter_identity(folder: Path) -> str:
+    """Hash of what an adapter is, trained here or elsewhere; raises as `identity` does."""
+    path = _adapter_folder(existing(folder))
+    return (
+        read(path, ("LORA",)).identity
+        if not (path / IDENTITY).is_file() and is_adapter(path)
+        else identity(folder).seal
+    )
 
 
 def _adapter_folder(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from trimtab.adapter import is_adapter
 from trimtab.chat import Message, Position, Prompt, render, template_hash
 from trimtab.decoding.engine import forward
 from trimtab.decoding.past import Past
@@ -120,7 +121,8 @@ class SoftToken:
 
     @classmethod
     def load(cls, folder: str | Path, model: Model | None = None) -> SoftToken:
-        """Read an artefact from its folder, or from the run folder above it; check it against `model` if given.
+        """Read an artefact from its folder, or from the run folder above it; check it against `model` if given. A PEFT adapter of tokens, whoever
+        trained it, is read too (`softtoken/foreign.py`), but only for a `model`, since it does not know its own.
 
         Raises:
             PathError: no such folder. ArtefactError: missing, truncated or edited files; a model that differs, and in what.
@@ -129,6 +131,8 @@ class SoftToken:
         path = existing(Path(folder))
         if (path / "token" / "token.json").is_file():
             path = path / "token"
+        if not (path / "token.json").is_file() and is_adapter(path):
+            return cls._from_adapter(path, model)
         identity = TokenIdentity.read(path / "token.json")
         data = read_whole(path / "token.safetensors", identity.sha256)
         try:
@@ -153,6 +157,16 @@ class SoftToken:
         if model is not None:
             token.check(model)
             effect(model, token)
+        return token
+
+    @classmethod
+    def _from_adapter(cls, folder: Path, model: Model | None) -> SoftToken:
+        from trimtab.softtoken.foreign import read_token
+
+        if model is None:
+            raise ArtefactError(f"{folder} is a PEFT adapter, which does not know its model.", "Say which (--model).")
+        token = read_token(folder, model)
+        effect(model, token)
         return token
 
     def check(self, model: Model) -> None:

@@ -33,7 +33,10 @@ COMMON: dict[str, Any] = {
 }
 GUIDANCE: dict[str, Any] = {
     "token": Annotated[
-        Path | None, typer.Option(metavar="RUN", help="a soft token, always on: folder of an align run")
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="a soft token, always on: folder of an align run, or of a PEFT adapter of tokens"
+        ),
     ],
     "expert": Annotated[
         str | None, typer.Option(metavar="REF", help="token:RUN, lora:DIR or model:ID, heard when the neuron fires")

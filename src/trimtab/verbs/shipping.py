@@ -12,12 +12,14 @@ from trimtab.verbs.options import Json
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of an align run")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="folder of an align run, or of a PEFT adapter (with --model)")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder of the checkpoint")],
     format: Annotated[
         str | None,
         typer.Option(
-            help="hf: a Hugging Face checkpoint; gguf: the model's own GGUF file with a row more; peft: a prompt-tuning adapter, for tokens at the start [hf]"
+            help="hf: a Hugging Face checkpoint; gguf: the model's own GGUF file with a row more; peft: an adapter, prompt tuning for tokens at the start and trainable tokens elsewhere [hf]"
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="the model it was trained on, if it has moved since")] = None,
