@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+from jinja2 import Environment, nodes
 from tokenizers import AddedToken
 
 from conftest import CHATML, build, vectors_for
@@ -116,6 +117,20 @@ def test_contents_in_parts_get_the_slot_too_and_are_taken_apart() -> None:
         assert tuple(tokenizer.encode(text, add_special_tokens=False)) == render(model, turns, position=position).ids
         hostile = [{"role": "user", "content": [{"type": "text", "text": NAMES[0]}, parts[0]]}]
         assert tokenizer.apply_chat_template(hostile, **options).count(NAMES[0]) == 1
+
+
+@pytest.mark.parametrize("position", ["start", "system", "user", "assistant", "reply"])
+@pytest.mark.parametrize(("source", "takes_parts"), [(CHATML, False), (PARTS, True)])
+def test_only_a_model_that_takes_parts_seems_to(position: Position, source: str, takes_parts: bool) -> None:
+    """vLLM gives all text as parts to a template that loops over a turn's content: the slot's must do so no more than the model's own."""
+    model, tokenizer = spoken(source)
+    token = SoftToken.of(model, vectors_for(model), position)
+    template, _ = with_slot(model, token, tokenizer, NAMES)
+    loops = list(Environment().parse(template).find_all(nodes.For))
+    turns = {loop.target.name for loop in loops if isinstance(loop.iter, nodes.Name) and loop.iter.name == "messages"}
+    over = [loop.iter for loop in loops if isinstance(loop.iter, nodes.Getattr | nodes.Getitem)]
+    contents = [each for each in over if isinstance(each.node, nodes.Name) and each.node.name in turns]
+    assert bool(contents) == takes_parts
 
 
 def test_a_name_in_pieces_is_refused_where_pieces_are_joined() -> None:
