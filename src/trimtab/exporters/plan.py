@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -217,16 +218,16 @@ def engines(found: Plan) -> dict[str, str]:
         if not found.tied or found.untie
         else "the head is tied, and generation_config.json keeps the slot from being generated"
     )
-    ignored = "ignores suppress_tokens" + (
-        "; the head of its own makes the slot unlikely"
-        if not found.tied or found.untie
-        else ": give bad_words with every request"
+    asked = f'give "bad_words": {json.dumps(found.names)} with every request'
+    halved = " (in half precision, unless --dtype float32)" if found.tensors[found.embedding].dtype == "F32" else ""
+    served = f"loads it as it is{halved}; ignores suppress_tokens" + (
+        "; the head of its own makes the slot unlikely" if not found.tied or found.untie else f": {asked}"
     )
-    if found.untie and found.family.startswith(("gemma", "cohere")):
-        ignored += f"; it may not read a head of its own for {found.family}: try it before you rely on it"
+    if found.untie and found.family.startswith(("gemma2", "cohere")):
+        served = f"reads no head of its own for {found.family}: export with --keep-tied, and {asked}"
     return {
         "transformers": f"chat template and row are its own; {spoken}",
-        "vLLM": f"loads it as it is; {ignored}",
+        "vLLM": served,
         "llama.cpp": "wants a GGUF file: convert this folder, and keep the embedding table at q8_0 or f16",
     }
 
