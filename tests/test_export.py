@@ -86,6 +86,8 @@ def test_a_tied_head_is_written_out_where_the_slot_would_be_said(tmp_path: Path)
     kept = export(model, loud, tmp_path / "kept", untie=False)
     assert not kept["plan"]["untie"]
     assert "lm_head.weight" not in load_file(tmp_path / "kept" / "model.safetensors")
+    assert '"bad_words": ["<|trimtab_0|>"]' in kept["plan"]["engines"]["vLLM"]
+    assert "bad_words" not in result["plan"]["engines"]["vLLM"]
 
 
 def test_shards_that_hold_no_table_are_the_same_files(tmp_path: Path) -> None:
