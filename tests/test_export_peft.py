@@ -182,6 +182,9 @@ def test_commands_take_an_adapter_for_a_token(folder: Path, tmp_path: Path, caps
     assert torch.equal(guidance["token"].vectors, token.vectors)
     said = " ".join(capsys.readouterr().err.split())
     assert "and names this model: that it was trained on these very weights cannot be known" in said
+    edit(tmp_path, peft_type="LORA")
+    with pytest.raises(ArtefactError, match="is a LORA adapter"):  # before any model is loaded
+        load_guided(settle(ChatSettings, {"model": "nowhere", "token": tmp_path}))
 
 
 def test_adapters_that_are_no_token_here(tmp_path: Path) -> None:

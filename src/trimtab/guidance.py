@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.adapter import is_adapter
+from trimtab.adapter import is_adapter, read
 from trimtab.config import GuidanceSettings, ModelSettings
 from trimtab.models import Model, load
 from trimtab.neuron.guide import guide_from
 from trimtab.run import console
 from trimtab.softtoken.artifact import SoftToken
+from trimtab.softtoken.foreign import KINDS
 
 
 def load_model(settings: ModelSettings) -> Model:
@@ -29,8 +30,11 @@ def load_guided(settings: GuidanceSettings) -> tuple[Model, dict[str, Any]]:
     Raises:
         ArtefactError, ConfigError, ModelError: something that cannot be used, or not together.
     """
-    if settings.token and not is_adapter(settings.token):  # which is read for a model only
-        SoftToken.load(settings.token)  # a bad path is told before the model loads
+    if settings.token:  # what is bad about it is told before the model loads
+        if is_adapter(settings.token):
+            read(settings.token, KINDS)
+        else:
+            SoftToken.load(settings.token)
     model = load_model(settings)
     token = SoftToken.load(settings.token, model) if settings.token else None
     return model, {"token": token, "guide": guide_from(settings, model)}
