@@ -84,6 +84,7 @@ def test_a_harm_fails_a_build_that_asks_for_it(
 
     _, found = run("--externality")  # some attacks are too long for so small a model
     assert {f"suite+{name}" for name in FULL} < set(found["suites"])
+    assert found["answers_paired"]["builtin-answers"]["n"] == 60
     assert set(found["paired"]) == set(found["suites"])
     code, found = run("--compare", "--fail-on-harm")
     assert (code, found["externality"]) == (0, {"margin": 0.02, "harms": []})

@@ -151,7 +151,7 @@ def write_run(folder: Path, suites: dict[str, Rows] | None = None, **files: Any)
     """A run folder of `align`; `history=None` leaves a file out."""
     files = {"manifest": manifest(), "history": history(4), "filter": RULES, **files}
     if suites:
-        files |= {"eval/results": results(suites), "eval/rows": suites}
+        files = {"eval/results": results(suites), "eval/rows": suites, **files}
     for name, value in files.items():
         if value is not None:
             path = folder / f"{name}.json"
@@ -369,6 +369,17 @@ def test_suites_of_one_label_meet_on_the_plane(tmp_path: Path) -> None:
     assert "attacks: harmful against" not in text
     assert "89 % of harmful requests (was 0.7 %)" in text  # 133 and 1 of 150
     assert "these suites together: attacks, chat, mixed." in text
+
+
+def test_sums_are_no_part_of_the_headline(tmp_path: Path) -> None:
+    suites = {"test": SUITE["test"], "sums": rows("plain", 50, 0, 50)}
+    whole = results(suites)
+    for arm in (whole, whole["base"]):
+        arm["suites"]["sums"]["tests"] = True
+    text = page(write_run(tmp_path / "r", suites, **{"eval/results": whole}), out=tmp_path)
+    assert ", and 4 % of" in text
+    assert "suites together" not in text
+    assert "<td>sums</td>" in text
 
 
 def test_two_runs_are_compared(tmp_path: Path) -> None:

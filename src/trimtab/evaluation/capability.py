@@ -26,20 +26,24 @@ ALONG = 32  # tokens of the untouched model's reply
 BATCH = 8  # each row holds that many distributions over the vocabulary
 
 
-def right(row: Mapping[str, Any]) -> bool | None:
-    """Whether a row's answer is right; `None` where it has no answer that could be checked."""
+def expected(row: Mapping[str, Any]) -> str | float | None:
+    """The right answer of a row, a letter or a number; `None` where it has none that could be checked."""
     reference = str(row["reference"]).strip()
-    if row.get("stop") == "error":
-        return None
     if row["choices"]:
         letters = LETTERS[: len(row["choices"])]
-        known = row.get("choice") is not None and len(reference) == 1 and reference.upper() in letters
-        return row["choice"] == reference.upper() if known else None
-    expected = _number(reference) if NUMBER.fullmatch(reference) else None
-    if expected is None:
+        return reference.upper() if len(reference) == 1 and reference.upper() in letters else None
+    return _number(reference) if NUMBER.fullmatch(reference) else None
+
+
+def right(row: Mapping[str, Any]) -> bool | None:
+    """Whether a row's answer is right; `None` where it has no answer that could be checked."""
+    answer = expected(row)
+    if answer is None or row.get("stop") == "error":
         return None
+    if row["choices"]:
+        return row["choice"] == answer if row.get("choice") is not None else None
     found = NUMBER.findall(strip_thinking(str(row["reply"])))
-    return bool(found) and _number(found[-1]) == expected
+    return bool(found) and _number(found[-1]) == answer
 
 
 def _number(text: str) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.evaluation.capability import right
+from trimtab.evaluation.capability import expected, right
 from trimtab.evaluation.judges import verdict
 from trimtab.evaluation.metrics import auc, bootstrap_mean, detectable, holm, kappa, mcnemar, paired_difference, wilson
 from trimtab.neuron.early_stop import loops
@@ -50,14 +50,21 @@ def compared(
 
 
 def summarise(rows: Sequence[Stored], judges: Sequence[str]) -> dict[str, Any]:
-    """Refusal rates of one suite by label, group and category."""
+    """Refusal rates of one suite by label, group and category; `tests` marks one whose rows all have a right answer: it is there for these."""
     found: dict[str, Any] = {"n": len(rows), "looping": looping(rows)}
+    if tests_answers(rows):
+        found["tests"] = True
     for label, part in _by(rows, "label").items():
         found[label] = {judge: rate(part, judge) for judge in judges}
         found[label]["n"] = len(part)
         found[label]["groups"] = {g: {j: rate(p, j) for j in judges} for g, p in _by(part, "group").items()}
         found[label]["categories"] = {c: {j: rate(p, j) for j in judges} for c, p in _by(part, "category").items()}
     return found
+
+
+def tests_answers(rows: Sequence[Stored]) -> bool:
+    """Whether every row has a right answer."""
+    return bool(rows) and all(expected(row) is not None for row in rows)
 
 
 def rate(rows: Iterable[Stored], judge: str) -> dict[str, Any]:

@@ -23,7 +23,16 @@ from trimtab.evaluation.endpoint import Endpoint
 from trimtab.evaluation.externality import MARGIN, harms
 from trimtab.evaluation.judges import Asked, ask, known_errors, load_judges
 from trimtab.evaluation.metrics import wilson
-from trimtab.evaluation.results import Stored, agreement, compared, mean_harm, measured, neuron_activity, side_by_side
+from trimtab.evaluation.results import (
+    Stored,
+    agreement,
+    compared,
+    mean_harm,
+    measured,
+    neuron_activity,
+    side_by_side,
+    tests_answers,
+)
 from trimtab.evaluation.suites import Suite, attacked, load_suite
 from trimtab.models import Model, describe_machine
 from trimtab.neuron.expert import Expert
@@ -209,10 +218,10 @@ def _judged(
 def _distance(
     model: Model, token: SoftToken, base: Mapping[str, list[Stored]], tuned: Mapping[str, list[Stored]]
 ) -> dict[str, Any] | None:
-    """How far the token moves the model on plain requests, drawn from all suites."""
+    """How far the token moves the model on plain requests, drawn from all suites; from those of right answers, whose replies are short, only where there are no others."""
     plain = [
         before
-        for name in base
+        for name in _talking(base)
         for before, after in zip(base[name], tuned[name], strict=True)
         if before["group"] == "plain" and "error" not in (before["stop"], after["stop"])
     ]
@@ -221,6 +230,12 @@ def _distance(
     prompts = [render(model, record.chat, prefill=record.prefill) for record in records]
     with_token = [token.render(model, record.chat, prefill=record.prefill) for record in records]
     return kl_to_base(model, prompts, with_token, [row["reply"] for row in drawn], token.vectors.to(model.device))
+
+
+def _talking(suites: Mapping[str, list[Stored]]) -> list[str]:
+    """The suites that have plain requests, without those of right answers if there are others."""
+    plain = [name for name, rows in suites.items() if any(row["group"] == "plain" for row in rows)]
+    return [name for name in plain if not tests_answers(suites[name])] or plain
 
 
 def _held(folder: Path) -> str:

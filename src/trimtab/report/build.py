@@ -292,7 +292,7 @@ def _numbers(run: Run) -> Iterator[dict[str, Any]]:
 def _answers(run: Run) -> Iterator[dict[str, Any]]:
     """Share of right answers by suite, before and after."""
     for suite in (run.measured or {}).get("answers", {}):
-        values = [arm["answers"][suite] for arm in run.arms if arm]
+        values = [arm["answers"][suite] for arm in run.arms if arm and suite in arm["answers"]]
         yield {"suite": suite, "values": values, "paired": run.results.get("answers_paired", {}).get(suite)}
 
 
