@@ -18,8 +18,8 @@ from trimtab.errors import ConfigError
 from trimtab.evaluation import endpoint
 from trimtab.evaluation.endpoint import Endpoint
 from trimtab.evaluation.judges import ask, asked, known_errors, load_judges, verdict
-from trimtab.evaluation.llm import LLMJudge
-from trimtab.evaluation.results import agreement, mean_harm
+from trimtab.evaluation.llm import CLASSES, LLMJudge
+from trimtab.evaluation.results import agreement, classes, mean_harm
 from trimtab.prompts.sources import load_prompts
 from trimtab.run import Records
 
@@ -242,6 +242,21 @@ def test_agreement_and_harm_by_hand() -> None:
     assert mean_harm(rows, "llm:other#m") is None
 
 
+def test_classes_are_counted_of_benign_rows_that_were_sorted() -> None:
+    name = "llm:u#m"
+    said = ("answered", "answered", "partly", "refused", None)
+    rows = [{**row("Yes.", "benign"), "verdicts": {name: {"class": one}} if one else {}} for one in said] + [
+        {**row("Yes."), "verdicts": {name: {"verdict": True, "harm": 0.0}}}
+    ]  # by the rubric: no class
+    found = classes(rows, name)
+    assert found is not None
+    assert found["n"] == 4
+    assert {kind: found[kind]["count"] for kind in CLASSES} == {"answered": 2, "partly": 1, "refused": 1}
+    assert found["answered"]["share"] == 0.5
+    assert found["partly"]["ci95"][0] < 0.25 < found["partly"]["ci95"][1]
+    assert classes(rows, "keyword") is None
+
+
 # Evaluation with a model as judge, and of a model behind an endpoint
 
 
@@ -325,11 +340,14 @@ def test_a_model_judges_replies_that_are_kept(
     assert code == 0, err
     assert found["suites"]["small"]["harmful"][name]["refusal_rate"] == 0.0
     assert found["harm"][name]["base"]["small"]["mean"] == 1.0
+    assert found["classes"][name]["base"]["small"]["answered"]["share"] == 1.0
+    assert f"benign requests of small by {name}: full compliance 100.0 %, partial refusal 0.0 %" in err
     assert found["judging"][name]["asked"] == 3
     assert found["agreement"][0]["judges"] == ["keyword", name]
     page = Path(found["report"]).read_text()
     assert "Cohen's kappa" in page
     assert "Mean harm of replies to harmful requests" in page
+    assert "<th>full compliance</th><th>partial refusal</th><th>full refusal</th>" in page
     server.shutdown()
     server.server_close()
     code, found, _ = run_eval(monkeypatch, capsys, *arguments, "--judge", name, "--judge", "keyword")

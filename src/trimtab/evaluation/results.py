@@ -12,6 +12,7 @@ import numpy as np
 
 from trimtab.evaluation.capability import expected, right
 from trimtab.evaluation.judges import verdict
+from trimtab.evaluation.llm import CLASSES
 from trimtab.evaluation.metrics import auc, bootstrap_mean, detectable, holm, kappa, mcnemar, paired_difference, wilson
 from trimtab.neuron.early_stop import loops
 
@@ -195,6 +196,16 @@ def mean_harm(rows: Sequence[Stored], judge: str) -> dict[str, Any] | None:
     if not len(scores):
         return None
     return {**bootstrap_mean(scores), "n": len(scores)}
+
+
+def classes(rows: Sequence[Stored], judge: str) -> dict[str, Any] | None:
+    """How many replies to benign requests a model put into each of its three classes (`llm.py`), each share with its interval; `None` where it sorted none."""
+    said = [row.get("verdicts", {}).get(judge, {}).get("class") for row in rows if row["label"] == "benign"]
+    n = sum(one is not None for one in said)
+    if not n:
+        return None
+    counts = {name: said.count(name) for name in CLASSES}
+    return {"n": n, **{name: {"count": c, "share": c / n, "ci95": list(wilson(c, n))} for name, c in counts.items()}}
 
 
 def side_by_side(arms: Mapping[str, list[Stored]]) -> list[Stored]:

@@ -26,6 +26,7 @@ from trimtab.evaluation.metrics import wilson
 from trimtab.evaluation.results import (
     Stored,
     agreement,
+    classes,
     compared,
     mean_harm,
     measured,
@@ -83,7 +84,7 @@ def evaluate(
     Returns:
         `{"suites": {name: {"n", "harmful"|"benign": {judge: {"refusal_rate", "ci95", "unscored"}}}}, "auc": {...}, "looping": {...}, "answers": {...}}`, and with
         `compare` also `base` (the same for the untouched model), `paired`, `answers_paired` and, for a token, `kl` (`capability.py`); under a guide also `guide`, `neuron` (what it did) and `injections`
-        (how often its rater is talked round). `agreement` of the judges; with models among them `judging` (what they cost) and `harm`. `failed` counts
+        (how often its rater is talked round). `agreement` of the judges; with models among them `judging` (what they cost), `harm` and `classes`. `failed` counts
         rows without a reply. `protocol` says what was asked. Written to `results.json` as well, but for `judging`, `cost` and `environment`, which are in `cost.json`.
     """
     if token is not None and guide is not None:
@@ -198,7 +199,7 @@ def _against(model: Any, guidance: Guidance, attack: str, folder: Path, local: C
 def _judged(
     rows: Mapping[str, Mapping[str, list[Stored]]], judges: Sequence[str], models: Sequence[Asked], store: Records
 ) -> dict[str, Any]:
-    """Ask `models`, those among the judges, about every arm's rows; what that cost, how far judges agree, and the harm that rubrics see."""
+    """Ask `models`, those among the judges, about every arm's rows; what that cost, how far judges agree, the harm that rubrics see, and the classes that benign rows fell into."""
     everything = [row for parts in rows.values() for part in parts.values() for row in part]
     asked = {judge.name: ask(judge, everything, store) for judge in models}
     found: dict[str, Any] = {
@@ -207,11 +208,12 @@ def _judged(
     }
     if asked:
         found["judging"] = asked
-        found["harm"] = {
-            judge: {arm: {name: mean_harm(part, judge) for name, part in parts.items()} for arm, parts in rows.items()}
-            for judge in asked
-            if judge.startswith("llm:")
-        }
+        for field, total in (("harm", mean_harm), ("classes", classes)):
+            found[field] = {
+                judge: {arm: {name: total(part, judge) for name, part in parts.items()} for arm, parts in rows.items()}
+                for judge in asked
+                if judge.startswith("llm:")
+            }
     return found
 
 

@@ -20,7 +20,7 @@ from trimtab.report.compare import costs, heat
 from trimtab.report.plots import GROUPS, Rate, pooled, rate, suites
 from trimtab.report.read import Run, judges, read_run
 from trimtab.report.replies import HARMFUL_WORDS, changed, cut, group_of, members, pair, pairs
-from trimtab.report.words import duration, interval, p_value, percent
+from trimtab.report.words import CLASSES, duration, interval, p_value, percent
 from trimtab.run import create, write
 
 MEANING = {
@@ -90,7 +90,9 @@ def section(run: Run, mark: str) -> dict[str, Any]:
         "agreement": run.results.get("agreement", []),
         "judge_errors": run.results.get("judge_errors", {}),
         "judging": run.results.get("judging", {}),
-        "harm": list(_harm(run)),
+        "harm": list(_by_model(run, "harm")),
+        "classes": list(_by_model(run, "classes")),
+        "class_names": CLASSES,
         "numbers": list(_numbers(run)),
         "aucs": list(_aucs(run)),
         "looping": [arm["looping"] for arm in run.arms if arm and "looping" in arm],
@@ -296,9 +298,9 @@ def _answers(run: Run) -> Iterator[dict[str, Any]]:
         yield {"suite": suite, "values": values, "paired": run.results.get("answers_paired", {}).get(suite)}
 
 
-def _harm(run: Run) -> Iterator[dict[str, Any]]:
-    """Mean harm by each model's rubric and suite, before and after."""
-    for judge, arms in run.results.get("harm", {}).items():
+def _by_model(run: Run, field: str) -> Iterator[dict[str, Any]]:
+    """What each model as judge said of each suite, before and after: mean `harm` by its rubric, or `classes` of replies."""
+    for judge, arms in run.results.get(field, {}).items():
         order = [arm for arm in ("base", run.arm) if arm in arms]
         for suite in arms[run.arm]:
             values = [arms[arm][suite] for arm in dict.fromkeys(order)]

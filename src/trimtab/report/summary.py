@@ -23,6 +23,7 @@ from trimtab.prompts.records import Record, stratified
 from trimtab.prompts.sources import ANSWERS, split_records
 from trimtab.report.build import build
 from trimtab.report.replies import HARMFUL_WORDS
+from trimtab.report.words import CLASSES
 from trimtab.run import read_json, tell
 from trimtab.softtoken.artifact import SoftToken
 
@@ -109,6 +110,11 @@ def print_results(result: Mapping[str, Any], screen: Console) -> None:
             f"{name}, against 200 labelled replies: misses {error['missed']} of {error['refusals']} refusals, "
             f"takes {error['mistaken']} of {error['others']} others for one"
         )
+    for judge, arms in result.get("classes", {}).items():
+        for name, found in arms[result["arm"]].items():
+            if found:
+                shares = ", ".join(f"{title} {percent(found[kind]['share'])}" for kind, title in CLASSES.items())
+                tell(screen, f"benign requests of {name} by {judge}: {shares} (n = {found['n']})")
     for harm in result.get("externality", {}).get("harms", []):
         screen.print(f"[bold]worse[/bold]: {escape(harm)}")
 
