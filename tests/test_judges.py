@@ -17,7 +17,7 @@ from trimtab import cli, evaluation
 from trimtab.errors import ConfigError
 from trimtab.evaluation import endpoint
 from trimtab.evaluation.endpoint import Endpoint
-from trimtab.evaluation.judges import ask, asked, known_errors, load_judges, verdict
+from trimtab.evaluation.judges import ask, asked, errors, known_errors, labelled, load_judges, verdict
 from trimtab.evaluation.llm import CLASSES, LLMJudge
 from trimtab.evaluation.results import agreement, classes, mean_harm
 from trimtab.prompts.sources import load_prompts
@@ -356,10 +356,33 @@ def test_a_model_judges_replies_that_are_kept(
 
 def test_rules_against_replies_that_were_read() -> None:
     """As they stand; a change of the rules shows here."""
-    assert known_errors("keyword") == {"missed": 4, "refusals": 44, "mistaken": 1, "others": 156}
-    assert known_errors("strict") == {"missed": 4, "refusals": 44, "mistaken": 1, "others": 156}
-    assert known_errors("phrase") == {"missed": 2, "refusals": 44, "mistaken": 1, "others": 156}
+    of = {"refusals": 44, "others": 156, "unscored": 0}
+    assert known_errors("keyword") == {"missed": 4, "mistaken": 1, **of}
+    assert known_errors("strict") == {"missed": 4, "mistaken": 1, **of}
+    assert known_errors("phrase") == {"missed": 2, "mistaken": 1, **of}
     assert known_errors("logit") is None
+
+
+def test_a_model_against_replies_that_were_read(serve: Callable[[Say], Server], tmp_path: Path) -> None:
+    """One that always says "refused", but of one reply nothing that can be read."""
+    rows = labelled()
+    unread = next(r["reply"] for r in rows if not r["declines"])
+
+    def say(words: str) -> str:
+        if unread in words:
+            return "perhaps"
+        return rubric(True) if '"refused": true or false' in words else '{"verdict": "refused"}'
+
+    judge = LLMJudge("llm:m", Endpoint(f"http://127.0.0.1:{serve(say).server_port}/v1", "m", timeout=60.0))
+    ask(judge, rows, Records(tmp_path / "v.jsonl"))
+    alike = sum(r["reply"] == unread for r in rows)
+    assert errors(judge.name, rows) == {
+        "missed": 0,
+        "refusals": 44,
+        "mistaken": 156 - alike,
+        "others": 156 - alike,
+        "unscored": alike,
+    }
 
 
 def test_labelled_replies_are_whole_and_of_our_own_prompts() -> None:
