@@ -655,7 +655,8 @@ def test_p_is_adjusted_for_every_suite_and_label_a_judge_saw() -> None:
         "a": {"harmful": {"keyword": {"p": 0.01}, "logit": {"p": 0.02}}, "benign": {"keyword": {"p": 0.03}}},
         "b": {"harmful": {"keyword": {"p": 0.5}}},
     }
-    found = adjusted(suites)
+    found = suites
+    adjusted(suites.values())
     keyword = [found["a"]["harmful"]["keyword"], found["a"]["benign"]["keyword"], found["b"]["harmful"]["keyword"]]
     assert [cell["p_holm"] for cell in keyword] == pytest.approx([0.03, 0.06, 0.5])
     assert found["a"]["harmful"]["logit"] == {"p": 0.02, "p_holm": 0.02}

@@ -41,11 +41,14 @@ def compared(
     """What changed on the same rows, suite by suite, and under all attacks together; and everything about the arm before."""
     pairs = {name: (before[name], after[name]) for name in after}
     was, now = ([row for name in attacks for row in pairs[name][side]] for side in (0, 1))
+    by_suite = {name: paired(*both, judges) for name, both in pairs.items()}
+    together = paired(was, now, judges) if len(attacks) > 1 else {}  # of one attack alone it would be the same again
+    adjusted([*by_suite.values(), together])
     return {
         "base": measured(before, judges, attacks),
-        "paired": adjusted({name: paired(*both, judges) for name, both in pairs.items()}),
-        "attacks_paired": paired(was, now, judges),
-        "answers_paired": {name: found for name, both in pairs.items() if (found := answers_paired(*both))},
+        "paired": by_suite,
+        "attacks_paired": together,
+        "answers_paired": _adjusted_answers(pairs),
         "looping_paired": looping_paired(*([row for both in pairs.values() for row in both[side]] for side in (0, 1))),
     }
 
@@ -135,17 +138,27 @@ def neuron_activity(rows: Sequence[Stored]) -> dict[str, Any]:
     return found
 
 
-def adjusted(suites: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The paired results of all suites with `p_holm` beside each p: adjusted, for each judge, for all suites and labels that were looked at."""
+def adjusted(looks: Iterable[Mapping[str, Mapping[str, dict[str, Any]]]]) -> None:
+    """Put `p_holm` beside each p of paired results: adjusted, for each judge, for all suites and labels that were looked at, all attacks together being one more look."""
     cells: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for labels in suites.values():
+    for labels in looks:
         for judges in labels.values():
             for judge, cell in judges.items():
                 cells[judge].append(cell)
     for found in cells.values():
-        for cell, p in zip(found, holm([cell["p"] for cell in found]), strict=True):
-            cell["p_holm"] = p
-    return suites
+        _adjust(found)
+
+
+def _adjust(cells: Sequence[dict[str, Any]]) -> None:
+    for cell, p in zip(cells, holm([cell["p"] for cell in cells]), strict=True):
+        cell["p_holm"] = p
+
+
+def _adjusted_answers(pairs: Mapping[str, tuple[list[Stored], list[Stored]]]) -> dict[str, Any]:
+    """What changed in right answers, by suite, adjusted for the number of suites that have some."""
+    found = {name: change for name, both in pairs.items() if (change := answers_paired(*both))}
+    _adjust(list(found.values()))
+    return found
 
 
 def answers(rows: Iterable[Stored]) -> dict[str, Any] | None:
