@@ -28,6 +28,7 @@ def measured(rows: Mapping[str, list[Stored]], judges: Sequence[str], attacks: M
         },
         "auc": _aucs({name: part for name, part in rows.items() if name not in attacks}),
         "looping": looping(row for part in rows.values() for row in part),
+        "length": length([row for part in rows.values() for row in part]),
         "answers": {name: found for name, part in rows.items() if (found := answers(part))},
     }
 
@@ -49,6 +50,7 @@ def compared(
         "paired": by_suite,
         "attacks_paired": together,
         "answers_paired": _adjusted_answers(pairs),
+        "length_paired": length_paired(*([row for both in pairs.values() for row in both[side]] for side in (0, 1))),
         "looping_paired": looping_paired(*([row for both in pairs.values() for row in both[side]] for side in (0, 1))),
     }
 
@@ -175,6 +177,20 @@ def answers_paired(before: Sequence[Stored], after: Sequence[Stored]) -> dict[st
 def looping_paired(before: Sequence[Stored], after: Sequence[Stored]) -> dict[str, Any] | None:
     """How much the share of replies that repeat themselves rose on the same rows."""
     return _risen([loops(str(row["reply"])) for row in before], [loops(str(row["reply"])) for row in after])
+
+
+def length(rows: Sequence[Stored]) -> dict[str, Any] | None:
+    """Mean number of tokens of the replies that there are, with a bootstrap interval; `None` where nobody counted."""
+    found = [row["tokens"] for row in rows if row["stop"] != "error"]
+    return {**bootstrap_mean(np.array(found, dtype=float)), "n": len(found)} if any(found) else None
+
+
+def length_paired(before: Sequence[Stored], after: Sequence[Stored]) -> dict[str, Any] | None:
+    """By how many tokens replies grew on the same rows, with a bootstrap interval."""
+    both = [
+        (b["tokens"], a["tokens"]) for b, a in zip(before, after, strict=True) if "error" not in (b["stop"], a["stop"])
+    ]
+    return {**bootstrap_mean(np.array([a - b for b, a in both], dtype=float)), "n": len(both)} if both else None
 
 
 def _risen(before: Sequence[bool | None], after: Sequence[bool | None]) -> dict[str, Any] | None:

@@ -97,6 +97,8 @@ def section(run: Run, mark: str) -> dict[str, Any]:
         "numbers": list(_numbers(run)),
         "aucs": list(_aucs(run)),
         "looping": [arm["looping"] for arm in run.arms if arm and "looping" in arm],
+        "length": [found for arm in run.arms if arm and (found := arm.get("length"))],
+        "grown": run.results.get("length_paired"),
         "pilots": list(_pilots(manifest)),
         "settings": list(_flat({k: v for k, v in manifest.items() if k != "pilots"})),
         "evaluation": list(

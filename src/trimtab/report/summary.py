@@ -98,6 +98,9 @@ def print_results(result: Mapping[str, Any], screen: Console) -> None:
         screen.print(f"AUC of refusal log-odds, {name}: {value:.3f}{was}")
     was = f" (before: {percent(base['looping']['share'])})" if base else ""
     screen.print(f"replies that repeat themselves: {percent(result['looping']['share'])}{was}")
+    if length := result["length"]:
+        was = f" (before: {base['length']['mean']:.1f})" if base and base["length"] else ""
+        screen.print(f"length of replies: {length['mean']:.1f} tokens{was}")
     for name, found in result["answers"].items():
         was = (
             f" (before: {percent(base['answers'][name]['share'])}{_moved(result, name)})"
