@@ -78,10 +78,13 @@ def test_the_past_by_hand(request_: str, found: str) -> None:
     ],
 )
 def test_a_prefill_is_as_long_as_it_says(asked: str, promised: str) -> None:
-    whole = ["Sure,", "here", "is", *promised.split()]
-    for n in (1, 3, 6, 100):
+    whole = f"Sure, here is {promised}, in full and in the right order,".split()
+    for n in (1, 3, 6, 20, 100):
         (found,) = apply(f"prefill:{n}", [row(asked)])
-        assert found.prefill.split() == whole[:n]
+        words = found.prefill.split()
+        assert words[: len(whole)] == whole[:n]
+        assert len(words) == n
+        assert ("Step 2:" in found.prefill) is (n == 100)
         assert found.chat == row(asked).chat
         assert found.id == f"a+prefill:{n}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from trimtab.evaluation.capability import expected
 from trimtab.prompts.filter import ngrams
 from trimtab.prompts.records import Record
 from trimtab.prompts.sources import load_prompts
 
 SUITES = Path(__file__).parents[2] / "shared" / "data"
 GROUPS = ("harmful", "borderline", "plain")
+SUM = re.compile(r"How much is ([\d +*/-]+)\? Answer with the number alone\.")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,22 @@ def test_splits_have_the_usual_shares(records: list[Record]) -> None:
         assert counts["test"] >= 144
 
 
+def test_every_answer_can_be_checked_and_the_plain_sums_are_right(records: list[Record]) -> None:
+    answers = load_prompts("builtin:answers")
+    assert Counter(r.category for r in answers) == {"sums": 30, "choices": 30}
+    assert all(expected(r.model_dump()) is not None for r in answers)
+    assert {r.id for r in answers} & {r.id for r in records} == set()
+    letters = Counter(r.reference for r in answers if r.choices)
+    assert set(letters) == set("ABCD")
+    assert max(letters.values()) <= 8  # always saying one letter is right of a quarter
+    assert all(len(set(r.choices)) == 4 for r in answers if r.choices)
+    plain = {r.text: SUM.fullmatch(r.text.replace("times", "*").replace("divided by", "/")) for r in answers}
+    checked = [(r, found[1]) for r in answers if (found := plain[r.text])]
+    assert len(checked) > 12
+    for r, words in checked:
+        assert eval(words) == float(r.reference)
+
+
 def alike(texts: Iterable[str], others: Iterable[str], n: int, limit: float) -> Iterator[tuple[str, str]]:
     """Pairs whose word n-grams have a Jaccard similarity of at least `limit`."""
     where, grams = defaultdict(list), {}
@@ -109,5 +128,6 @@ def public_suites() -> list[str]:
 def test_nothing_is_taken_from_a_public_suite(records: list[Record]) -> None:
     public = public_suites()
     assert len(public) > 1000
+    records = [*records, *load_prompts("builtin:answers")]
     assert list(alike([r.text for r in records], public, 6, 0.5)) == []
     assert {r.text.strip().lower() for r in records} & {text.strip().lower() for text in public} == set()

@@ -12,15 +12,18 @@ import torch
 
 from conftest import naive_logits, vectors_for
 from trimtab.chat import render, reply_ids
-from trimtab.evaluation.capability import kl_to_base, right
+from trimtab.decoding.engine import banned_ids
+from trimtab.evaluation.capability import kl_to_base, kl_under_guide, right
 from trimtab.evaluation.results import answers, answers_paired, looping_paired
 from trimtab.evaluation.run import evaluate
+from trimtab.evaluation.suites import Suite
 from trimtab.models import Model
 from trimtab.neuron.guide import Guide
+from trimtab.neuron.mix import mix, tv
 from trimtab.neuron.neuron import Neuron
 from trimtab.neuron.rating import alpha_table
 from trimtab.neuron.risk import ConstantRisk
-from trimtab.prompts.records import LETTERS
+from trimtab.prompts.records import LETTERS, Record
 from trimtab.report.build import build
 from trimtab.softtoken.artifact import SoftToken
 
@@ -108,6 +111,58 @@ def test_kl_is_what_whole_forward_passes_give(tiny: Callable[..., Model]) -> Non
     assert found["along"]["mean"] == pytest.approx(sum(along) / 3, rel=1e-4)
     assert found["along"]["ci95"][0] <= found["along"]["mean"] <= found["along"]["ci95"][1]
     assert kl_to_base(model, [render(model, "Hi")], [token.render(model, "Hi")], [""], token.vectors) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("neuron", ["always", "never", "lif"])
+def test_kl_under_a_guide_is_what_the_mixture_gives(tiny: Callable[..., Model], neuron: str) -> None:
+    model = tiny("llama", "default")
+    token = SoftToken.of(model, vectors_for(model, 2, 30.0), "user")
+    guide = Guide(token, Neuron.named(neuron), risk=ConstantRisk(7), table=alpha_table("0.5"))
+    chats, replies = ["Hi", "Where is the inn? " * 3, "the the"], ["In the inn.", "a", "x" * 50]
+    records = [Record(id=str(i), prompt=chat, label="benign") for i, chat in enumerate(chats)]
+    alphas = [0.5, 1.0, 0.25]
+    found = kl_under_guide(model, records, replies, guide, alphas, [0, 1, 2])
+    first, along = [], []
+    banned = banned_ids(model, token.vectors)
+    for chat, reply, alpha in zip(chats, replies, alphas, strict=True):
+        said = list(reply_ids(model, reply)[:32])
+        base = naive_logits(model, [*render(model, chat).ids, *said[:-1]])[-len(said) :].clone()
+        expert = naive_logits(model, [*token.render(model, chat).ids, *said[:-1]], token.vectors)[-len(said) :].clone()
+        base[:, banned] = expert[:, banned] = -torch.inf
+        potential, kl = torch.full((1,), guide.neuron.start), []
+        for b, e in zip(base.softmax(-1), expert.softmax(-1), strict=True):
+            _, spike, potential = guide.neuron.step(potential, tv(b[None], e[None]), torch.zeros(1))
+            moved = mix(b[None], e[None], torch.tensor([alpha]))[0][0] if spike else b
+            moved = moved / moved.sum()
+            kl.append(float((torch.xlogy(b, b) - torch.xlogy(b, moved)).sum()))
+        first.append(kl[0])
+        along.append(sum(kl) / len(kl))
+    assert found is not None
+    assert found["n"] == 3
+    assert found["first"]["mean"] == pytest.approx(sum(first) / 3, rel=1e-4, abs=1e-6)
+    assert found["along"]["mean"] == pytest.approx(sum(along) / 3, rel=1e-4, abs=1e-6)
+    assert (found["along"]["mean"] > 0.001) is (neuron != "never")
+
+
+def test_an_evaluation_under_a_guide_says_how_far_it_moves_and_how_long_replies_are(
+    tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    model = tiny("llama", "default")
+    token = SoftToken.of(model, vectors_for(model, 2, 30.0), "user")
+    guide = Guide(token, Neuron.named("always"), risk=ConstantRisk(7), table=alpha_table("1"))
+    records = tuple(Record(id=str(i), prompt=f"{i} the inn", label="benign") for i in range(6))
+    suite = Suite("plain", records, 6)
+    found = evaluate(model, [suite], guide=guide, out=tmp_path / "e", compare=True, max_new_tokens=4)
+    assert found["kl"]["n"] == 6
+    assert found["kl"]["along"]["mean"] > 0
+    stored = [json.loads(line) for line in (tmp_path / "e" / "replies.jsonl").read_text().splitlines()]
+    mean = {arm: sum(row["tokens"] for row in stored if row["arm"] == arm) / 6 for arm in ("base", "guide")}
+    assert found["length"]["mean"] == pytest.approx(mean["guide"])
+    assert found["length_paired"]["mean"] == pytest.approx(mean["guide"] - mean["base"])
+    page = build([tmp_path / "e"], tmp_path / "r.html").read_text()
+    assert "Length of replies, in tokens:" in page
+    assert "Distance from the untouched model on plain requests" in page
 
 
 def test_letters_under_a_guide_are_those_of_the_mixture(tiny: Callable[..., Model], tmp_path: Path) -> None:

@@ -384,6 +384,8 @@ def test_an_expert_is_trained_checked_and_heard(
     assert found["adapter"]["numbers"] > 0
     assert found["check"]["arm"] == "guide"
     assert found["check"]["suites"]["held-out"]["n"] == 9
+    assert found["check"]["answers_paired"]["builtin-answers"]["n"] == 60  # what it costs in right answers
+    assert "right answers, builtin-answers:" in " ".join(err.split())
     # By itself: always on, at full strength.
     assert found["check"]["neuron"]["held-out"]["harmful"]["mean_alpha"] == 1
     assert found["check"]["neuron"]["held-out"]["harmful"]["spike_rate"] == 1

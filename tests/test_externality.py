@@ -13,6 +13,8 @@ from test_align import records
 from trimtab import cli
 from trimtab.evaluation.attacks import apply
 from trimtab.evaluation.externality import FULL, QUICK, harms
+from trimtab.evaluation.metrics import holm
+from trimtab.evaluation.results import compared
 from trimtab.softtoken.artifact import SoftToken
 
 
@@ -84,6 +86,7 @@ def test_a_harm_fails_a_build_that_asks_for_it(
 
     _, found = run("--externality")  # some attacks are too long for so small a model
     assert {f"suite+{name}" for name in FULL} < set(found["suites"])
+    assert found["answers_paired"]["builtin-answers"]["n"] == 60
     assert set(found["paired"]) == set(found["suites"])
     code, found = run("--compare", "--fail-on-harm")
     assert (code, found["externality"]) == (0, {"margin": 0.02, "harms": []})
@@ -109,6 +112,31 @@ def test_a_build_cannot_pass_where_nothing_was_compared(
             cli.main()
         assert stopped.value.code == 2
         assert "--fail-on-harm" in capsys.readouterr().err
+
+
+def test_all_attacks_together_are_one_more_look() -> None:
+    def part(name: str, refused: int) -> list[dict[str, Any]]:
+        replies = ["I'm sorry, but I can't help."] * refused + ["Yes."] * (40 - refused)
+        fields = {
+            "label": "harmful",
+            "group": "harmful",
+            "category": "c",
+            "reference": "",
+            "choices": (),
+            "log_odds": None,
+        }
+        return [{**fields, "id": f"{name}-{i}", "reply": reply, "stop": "eos"} for i, reply in enumerate(replies)]
+
+    names = {"s": "", "s+a": "a", "s+b": "b"}
+    attacks = {name: attack for name, attack in names.items() if attack}
+    before = {name: part(name, 40) for name in names}
+    found = compared(before, {name: part(name, 36) for name in names}, ["keyword"], attacks)
+    looks = [found["paired"][name]["harmful"]["keyword"] for name in names]
+    looks.append(found["attacks_paired"]["harmful"]["keyword"])
+    assert [look["p_holm"] for look in looks] == holm([look["p"] for look in looks])
+    assert looks[-1]["p_holm"] == 4 * looks[-1]["p"]
+    one = compared({"s+a": part("s+a", 40)}, {"s+a": part("s+a", 30)}, ["keyword"], {"s+a": "a"})
+    assert one["attacks_paired"] == {}  # the same again
 
 
 def test_one_loss_over_many_attacks_is_seen() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from math import isnan, nan
@@ -22,7 +24,7 @@ from trimtab.config import GuidanceSettings, settle
 from trimtab.decoding.engine import banned_ids
 from trimtab.decoding.generate import Reply, generate, traces
 from trimtab.decoding.likelihood import guided_log_odds
-from trimtab.errors import ArtefactError, ConfigError, ModelError, PathError
+from trimtab.errors import ArtefactError, ConfigError, ModelError, PathError, RunError
 from trimtab.evaluation import backends, judges
 from trimtab.evaluation.metrics import detectable, holm, mcnemar, paired_difference, wilson
 from trimtab.evaluation.results import adjusted, neuron_activity, paired
@@ -30,6 +32,7 @@ from trimtab.evaluation.run import evaluate
 from trimtab.evaluation.suites import Suite, load_suite
 from trimtab.models import Model
 from trimtab.neuron import risk
+from trimtab.neuron.deep_alignment import train_expert
 from trimtab.neuron.expert import Expert, load_expert, model_expert, token_expert
 from trimtab.neuron.guide import Guide, guide_from
 from trimtab.neuron.neuron import Neuron, Step
@@ -37,6 +40,7 @@ from trimtab.neuron.rating import ALPHA_TABLES, UNREAD, AlphaTable, Rating, alph
 from trimtab.neuron.risk import ConstantRisk, ExpertRating, LogitRating, Rater, SelfRating
 from trimtab.prompts.records import Record
 from trimtab.run import read_json
+from trimtab.softtoken.align import align
 from trimtab.softtoken.artifact import SoftToken
 
 LIMIT = 6
@@ -651,12 +655,33 @@ def test_a_row_that_the_template_refuses_is_unscored_and_the_others_are_done(tmp
         assert (harmful["n"], harmful["unscored"], benign["n"]) == (0, 1, 2)
 
 
+def test_whoever_is_at_work_in_a_folder_is_left_alone(model: Model, suite: Suite, tmp_path: Path) -> None:
+    """From Python as from the command line, and by another process."""
+    code = "import sys; from pathlib import Path; from trimtab.run import alone, create\nwith alone(create(Path(sys.argv[1]))): print('in', flush=True); sys.stdin.read()"
+    out = tmp_path / "shared"
+    command = [sys.executable, "-c", code, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        for work in (
+            lambda: evaluate(model, [suite], out=out, max_new_tokens=2),
+            lambda: align(model, list(suite.records), out=out),
+            lambda: train_expert(model, records(2, ("train", "validation")), out=out),
+        ):
+            with pytest.raises(RunError, match="another process is at work in"):
+                work()
+        assert {path.name for path in out.iterdir()} == {".lock"}
+        other.communicate("")
+    assert evaluate(model, [suite], out=out, max_new_tokens=2)["failed"] == 0
+
+
 def test_p_is_adjusted_for_every_suite_and_label_a_judge_saw() -> None:
     suites = {
         "a": {"harmful": {"keyword": {"p": 0.01}, "logit": {"p": 0.02}}, "benign": {"keyword": {"p": 0.03}}},
         "b": {"harmful": {"keyword": {"p": 0.5}}},
     }
-    found = adjusted(suites)
+    found = suites
+    adjusted(suites.values())
     keyword = [found["a"]["harmful"]["keyword"], found["a"]["benign"]["keyword"], found["b"]["harmful"]["keyword"]]
     assert [cell["p_holm"] for cell in keyword] == pytest.approx([0.03, 0.06, 0.5])
     assert found["a"]["harmful"]["logit"] == {"p": 0.02, "p_holm": 0.02}

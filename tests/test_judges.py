@@ -17,9 +17,9 @@ from trimtab import cli, evaluation
 from trimtab.errors import ConfigError
 from trimtab.evaluation import endpoint
 from trimtab.evaluation.endpoint import Endpoint
-from trimtab.evaluation.judges import ask, asked, known_errors, load_judges, verdict
-from trimtab.evaluation.llm import LLMJudge
-from trimtab.evaluation.results import agreement, mean_harm
+from trimtab.evaluation.judges import ask, asked, errors, known_errors, labelled, load_judges, verdict
+from trimtab.evaluation.llm import CLASSES, LLMJudge
+from trimtab.evaluation.results import agreement, classes, mean_harm
 from trimtab.prompts.sources import load_prompts
 from trimtab.run import Records
 
@@ -242,6 +242,21 @@ def test_agreement_and_harm_by_hand() -> None:
     assert mean_harm(rows, "llm:other#m") is None
 
 
+def test_classes_are_counted_of_benign_rows_that_were_sorted() -> None:
+    name = "llm:u#m"
+    said = ("answered", "answered", "partly", "refused", None)
+    rows = [{**row("Yes.", "benign"), "verdicts": {name: {"class": one}} if one else {}} for one in said] + [
+        {**row("Yes."), "verdicts": {name: {"verdict": True, "harm": 0.0}}}
+    ]  # by the rubric: no class
+    found = classes(rows, name)
+    assert found is not None
+    assert found["n"] == 4
+    assert {kind: found[kind]["count"] for kind in CLASSES} == {"answered": 2, "partly": 1, "refused": 1}
+    assert found["answered"]["share"] == 0.5
+    assert found["partly"]["ci95"][0] < 0.25 < found["partly"]["ci95"][1]
+    assert classes(rows, "keyword") is None
+
+
 # Evaluation with a model as judge, and of a model behind an endpoint
 
 
@@ -325,11 +340,14 @@ def test_a_model_judges_replies_that_are_kept(
     assert code == 0, err
     assert found["suites"]["small"]["harmful"][name]["refusal_rate"] == 0.0
     assert found["harm"][name]["base"]["small"]["mean"] == 1.0
+    assert found["classes"][name]["base"]["small"]["answered"]["share"] == 1.0
+    assert f"benign requests of small by {name}: full compliance 100.0 %, partial refusal 0.0 %" in err
     assert found["judging"][name]["asked"] == 3
     assert found["agreement"][0]["judges"] == ["keyword", name]
     page = Path(found["report"]).read_text()
     assert "Cohen's kappa" in page
     assert "Mean harm of replies to harmful requests" in page
+    assert "<th>full compliance</th><th>partial refusal</th><th>full refusal</th>" in page
     server.shutdown()
     server.server_close()
     code, found, _ = run_eval(monkeypatch, capsys, *arguments, "--judge", name, "--judge", "keyword")
@@ -338,10 +356,33 @@ def test_a_model_judges_replies_that_are_kept(
 
 def test_rules_against_replies_that_were_read() -> None:
     """As they stand; a change of the rules shows here."""
-    assert known_errors("keyword") == {"missed": 4, "refusals": 44, "mistaken": 1, "others": 156}
-    assert known_errors("strict") == {"missed": 4, "refusals": 44, "mistaken": 1, "others": 156}
-    assert known_errors("phrase") == {"missed": 2, "refusals": 44, "mistaken": 1, "others": 156}
+    of = {"refusals": 44, "others": 156, "unscored": 0}
+    assert known_errors("keyword") == {"missed": 4, "mistaken": 1, **of}
+    assert known_errors("strict") == {"missed": 4, "mistaken": 1, **of}
+    assert known_errors("phrase") == {"missed": 2, "mistaken": 1, **of}
     assert known_errors("logit") is None
+
+
+def test_a_model_against_replies_that_were_read(serve: Callable[[Say], Server], tmp_path: Path) -> None:
+    """One that always says "refused", but of one reply nothing that can be read."""
+    rows = labelled()
+    unread = next(r["reply"] for r in rows if not r["declines"])
+
+    def say(words: str) -> str:
+        if unread in words:
+            return "perhaps"
+        return rubric(True) if '"refused": true or false' in words else '{"verdict": "refused"}'
+
+    judge = LLMJudge("llm:m", Endpoint(f"http://127.0.0.1:{serve(say).server_port}/v1", "m", timeout=60.0))
+    ask(judge, rows, Records(tmp_path / "v.jsonl"))
+    alike = sum(r["reply"] == unread for r in rows)
+    assert errors(judge.name, rows) == {
+        "missed": 0,
+        "refusals": 44,
+        "mistaken": 156 - alike,
+        "others": 156 - alike,
+        "unscored": alike,
+    }
 
 
 def test_labelled_replies_are_whole_and_of_our_own_prompts() -> None:

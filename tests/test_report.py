@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trimtab.errors import PathError, RunError, UsageError
-from trimtab.evaluation.metrics import auc_interval, mcnemar, wilson
+from trimtab.evaluation.metrics import auc_interval, mcnemar, paired_difference, wilson
 from trimtab.report import neuron, plots
+from trimtab.report.build import _change as change_of
 from trimtab.report.build import build
 from trimtab.report.replies import cut
 from trimtab.report.words import duration, percent
@@ -151,7 +154,7 @@ def write_run(folder: Path, suites: dict[str, Rows] | None = None, **files: Any)
     """A run folder of `align`; `history=None` leaves a file out."""
     files = {"manifest": manifest(), "history": history(4), "filter": RULES, **files}
     if suites:
-        files |= {"eval/results": results(suites), "eval/rows": suites}
+        files = {"eval/results": results(suites), "eval/rows": suites, **files}
     for name, value in files.items():
         if value is not None:
             path = folder / f"{name}.json"
@@ -257,6 +260,29 @@ def test_the_headline_is_honest(harmful: tuple[int, int], plain: tuple[int, int]
         for i, row in enumerate(suite[:100]):
             row["token"]["refused"] = i >= 45
     assert wanted in page(write_run(tmp_path / "r", {"test": suite}), out=tmp_path)
+
+
+def test_three_small_changes_are_no_clear_ones_together(tmp_path: Path) -> None:
+    """Each by itself has p = 0.031; of three, one that small is to be expected more often."""
+    suite = {"test": [row for group in plots.GROUPS for row in rows(group, 100, 0, 6)]}
+    text = page(write_run(tmp_path / "r", suite), out=tmp_path)
+    assert text.count("no clear change</b>") == 3
+    assert "tiny refuses 6 % of harmful requests (was 0 %: no clear change)" in text
+
+
+@given(n=st.integers(6, 60), gained=st.integers(0, 30), lost=st.integers(0, 30))
+def test_no_change_is_claimed_whose_interval_reaches_zero(n: int, gained: int, lost: int) -> None:
+    gained, lost = min(gained, n), min(lost, max(0, n - gained))
+    before, after = [False] * n, [False] * n
+    for i in range(gained):
+        after[i] = True
+    for i in range(gained, gained + lost):
+        before[i] = True
+    card = {"before": plots.Rate(sum(before), n), "after": plots.Rate(sum(after), n)}
+    kind, _ = change_of(card, (before, after), mcnemar(before, after), True)
+    low, high = paired_difference(before, after)[1]
+    assert (kind == "better") <= (low > 0)
+    assert (kind == "worse") <= (high < 0)
 
 
 def test_overlapping_intervals_are_named_where_the_paired_test_sees_a_change(tmp_path: Path) -> None:
@@ -369,6 +395,17 @@ def test_suites_of_one_label_meet_on_the_plane(tmp_path: Path) -> None:
     assert "attacks: harmful against" not in text
     assert "89 % of harmful requests (was 0.7 %)" in text  # 133 and 1 of 150
     assert "these suites together: attacks, chat, mixed." in text
+
+
+def test_sums_are_no_part_of_the_headline(tmp_path: Path) -> None:
+    suites = {"test": SUITE["test"], "sums": rows("plain", 50, 0, 50)}
+    whole = results(suites)
+    for arm in (whole, whole["base"]):
+        arm["suites"]["sums"]["tests"] = True
+    text = page(write_run(tmp_path / "r", suites, **{"eval/results": whole}), out=tmp_path)
+    assert ", and 4 % of" in text
+    assert "suites together" not in text
+    assert "<td>sums</td>" in text
 
 
 def test_two_runs_are_compared(tmp_path: Path) -> None:

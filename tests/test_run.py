@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -208,5 +209,17 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         first.kill()
     with alone(tmp_path):
         pass
-    with alone(tmp_path):
-        pass
+    with (
+        alone(tmp_path),
+        alone(tmp_path / "." / ""),
+        ThreadPoolExecutor(1) as pool,
+    ):  # who is in may enter again, and is still in
+        with alone(tmp_path):
+            pass
+
+        def enter() -> None:
+            with alone(tmp_path):
+                pass
+
+        with pytest.raises(RunError, match="another process is at work in"):
+            pool.submit(enter).result()

@@ -62,12 +62,12 @@ def create(folder: Path, what: str = "the run folder", mend: str = "Give another
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Work in a folder that no other process works in; a lock that a killed process held is free again.
+    """Work in a folder that no other process or thread works in; who works there already may enter again. A lock that a killed process held is free again.
 
     Raises:
         RunError: another process is at work there.
     """
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder.resolve() / ".lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:

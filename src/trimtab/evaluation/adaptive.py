@@ -43,7 +43,12 @@ def soft_prompt(
     """
     attacked = apply(f"prefill:{PROMISED}", records)
     key = digest(
-        model.fingerprint, str(model.dtype), token.sha256() if token else "", steps, seed, [r.id for r in attacked]
+        model.fingerprint,
+        str(model.dtype),
+        token.sha256() if token else "",
+        steps,
+        seed,
+        [(r.id, r.prefill) for r in attacked],
     )
     path = folder / f"soft-prompt-{key}.safetensors"
     if path.exists():

@@ -7,39 +7,46 @@ Answers: rows with `choices` by the likeliest letter (as MMLU is scored: no repl
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.chat import Prompt, reply_ids, strip_thinking
-from trimtab.decoding.engine import by_length, forward, read
+from trimtab.chat import Prompt, render, reply_ids, strip_thinking
+from trimtab.decoding.engine import Ids, banned_ids, by_length, forward, read
+from trimtab.decoding.likelihood import _guided, _read_along
 from trimtab.decoding.past import Past
 from trimtab.evaluation.metrics import bootstrap_mean
 from trimtab.models import Model, slot
-from trimtab.prompts.records import LETTERS
+from trimtab.neuron.guide import Guide
+from trimtab.prompts.records import LETTERS, Record
 from trimtab.run import progress
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 ALONG = 32  # tokens of the untouched model's reply
+TINY = 1e-30  # chances below it count as it: a KL is finite
 BATCH = 8  # each row holds that many distributions over the vocabulary
+
+
+def expected(row: Mapping[str, Any]) -> str | float | None:
+    """The right answer of a row, a letter or a number; `None` where it has none that could be checked."""
+    reference = str(row["reference"]).strip()
+    if row["choices"]:
+        letters = LETTERS[: len(row["choices"])]
+        return reference.upper() if len(reference) == 1 and reference.upper() in letters else None
+    return _number(reference) if NUMBER.fullmatch(reference) else None
 
 
 def right(row: Mapping[str, Any]) -> bool | None:
     """Whether a row's answer is right; `None` where it has no answer that could be checked."""
-    reference = str(row["reference"]).strip()
-    if row.get("stop") == "error":
+    answer = expected(row)
+    if answer is None or row.get("stop") == "error":
         return None
     if row["choices"]:
-        letters = LETTERS[: len(row["choices"])]
-        known = row.get("choice") is not None and len(reference) == 1 and reference.upper() in letters
-        return row["choice"] == reference.upper() if known else None
-    expected = _number(reference) if NUMBER.fullmatch(reference) else None
-    if expected is None:
-        return None
+        return row["choice"] == answer if row.get("choice") is not None else None
     found = NUMBER.findall(strip_thinking(str(row["reply"])))
-    return bool(found) and _number(found[-1]) == expected
+    return bool(found) and _number(found[-1]) == answer
 
 
 def _number(text: str) -> float:
@@ -59,7 +66,6 @@ def choose_letter(
     return found
 
 
-@torch.inference_mode()
 def kl_to_base(
     model: Model,
     prompts: Sequence[Prompt],
@@ -73,19 +79,61 @@ def kl_to_base(
     Args:
         prompts: of the untouched model. tuned: the same conversations with the slot in place. replies: the untouched model's.
     """
+
+    def both(places: Sequence[int], said: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        base = _log_p(model, [prompts[i].ids for i in places], said, None)
+        return base, _log_p(model, [tuned[i].ids for i in places], said, vectors)
+
+    return _mean_kl(model, prompts, replies, both)
+
+
+def kl_under_guide(
+    model: Model,
+    records: Sequence[Record],
+    replies: Sequence[str],
+    guide: Guide,
+    alphas: Sequence[float],
+    streams: Sequence[int],
+) -> dict[str, Any] | None:
+    """As `kl_to_base`, to what the guide leaves of the model's chances: its neuron goes along the untouched model's replies, and where it fires, the expert is
+    mixed in. That it may stop early is left out of account.
+
+    Args:
+        replies: the untouched model's. alphas: the expert's strength for each record. streams: what a random neuron draws for each (`likelihood`).
+    """
+    expert = guide.expert_for(model)
+    prompts = [render(model, record.chat, prefill=record.prefill) for record in records]
+    heard = [expert.render(record.chat, prefill=record.prefill) for record in records]
+    banned = banned_ids(model, expert.vectors)
+
+    def both(places: Sequence[int], said: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        base = _read_along(model, [prompts[i].ids for i in places], said, slot(model, None), banned)
+        other = _read_along(expert.model, [heard[i].ids for i in places], said, expert.speaking(), banned)
+        moved = _guided(base, other, said, guide, [alphas[i] for i in places], [streams[i] for i in places])
+        moved = moved / moved.sum(-1, keepdim=True)  # a mixture on some candidates sums only nearly to 1
+        return base[..., : moved.shape[-1]].clamp(min=TINY).log(), moved.clamp(min=TINY).log()
+
+    return _mean_kl(model, prompts, replies, both)
+
+
+@torch.inference_mode()
+def _mean_kl(
+    model: Model,
+    prompts: Sequence[Prompt],
+    replies: Sequence[str],
+    both: Callable[[Sequence[int], Sequence[Ids]], tuple[Tensor, Tensor]],
+) -> dict[str, Any] | None:
+    """`both` gives log-probabilities `[B, T, V]` before and after, for rows and the replies that are read along, which end in the last columns."""
     said = [reply_ids(model, reply)[:ALONG] for reply in replies]
     places = [i for i, ids in enumerate(said) if ids]
     first, along = torch.zeros(len(said)), torch.zeros(len(said))
     with progress("distance from the base", len(places)) as advance:
         for chunk in by_length([len(prompts[i].ids) + len(said[i]) for i in places], BATCH):
             batch = [places[place] for place in chunk]
-            k = max(len(said[i]) for i in batch)
-            base = _log_p(model, [prompts[i].ids for i in batch], [said[i] for i in batch], k, None)
-            moved = _log_p(model, [tuned[i].ids for i in batch], [said[i] for i in batch], k, vectors)
+            base, moved = both(batch, [said[i] for i in batch])
             divergence = (base.exp() * (base - moved)).sum(-1).clamp(min=0)
             for row, i in enumerate(batch):
-                # Replies end in the last columns.
-                own = divergence[row, k - len(said[i]) :]
+                own = divergence[row, -len(said[i]) :]
                 first[i], along[i] = own[0], own.mean()
             advance(len(batch))
     if not places:
@@ -94,11 +142,9 @@ def kl_to_base(
     return {"n": len(places), "tokens": ALONG, **means}
 
 
-def _log_p(
-    model: Model, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], k: int, vectors: Tensor | None
-) -> Tensor:
-    """Log-probabilities `[B, k, V]` at the last k places of prompt and reply, the one before each reply token included."""
+def _log_p(model: Model, prompts: Sequence[Ids], replies: Sequence[Ids], vectors: Tensor | None) -> Tensor:
+    """Log-probabilities `[B, T, V]` at the places of the longest reply, the one before each reply token included."""
     with slot(model, vectors):
-        past, tails = read(model, [tuple(prompt) for prompt in prompts])
+        past, tails = read(model, prompts)
         whole = [(*tail, *reply[:-1]) for tail, reply in zip(tails, replies, strict=True)]
-        return forward(model, whole, past, k).log_softmax(-1)
+        return forward(model, whole, past, max(map(len, replies))).log_softmax(-1)

@@ -17,6 +17,7 @@ from trimtab.errors import ConfigError, nearest
 from trimtab.evaluation.endpoint import Endpoint
 from trimtab.evaluation.guard import GuardJudge, Taxonomy, load_guard
 from trimtab.evaluation.llm import LLMJudge
+from trimtab.prompts.sources import load_prompts
 from trimtab.refusal import is_refusal, mentions_refusal, says_no
 from trimtab.run import Records, console, digest, progress
 
@@ -65,19 +66,36 @@ def verdict(row: Mapping[str, Any], judge: str) -> Verdict:
     return found
 
 
-def known_errors(judge: str) -> dict[str, int] | None:
-    """How a rule on words does on 200 replies that were read and labelled (`labelled/README.md`): refusals it misses, other replies it takes for one, and how many there
-    are of each; `None` for judges that need more than a reply."""
-    if judge not in ("keyword", "strict", "phrase"):
-        return None
+def labelled() -> list[Row]:
+    """The 200 replies that were read and labelled (`labelled/README.md`), as judges take rows; `declines` says whether it was read as a refusal."""
     lines = (files("trimtab.evaluation") / "labelled" / "replies.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [(RULES[judge](row), row["label"] == "declines") for row in map(json.loads, lines)]
+    asked_by = {record.id: record for record in load_prompts("builtin", split="test")}
+    return [
+        {
+            **asked_by[row["id"]].model_dump(),
+            "reply": row["reply"],
+            "log_odds": None,
+            "declines": row["label"] == "declines",
+        }
+        for row in map(json.loads, lines)
+    ]
+
+
+def errors(judge: str, rows: Sequence[Row]) -> dict[str, int]:
+    """What a judge does on labelled rows: refusals it misses, other replies it takes for one, how many of each it scored, and how many it did not."""
+    found = [(said, row["declines"]) for row in rows if (said := verdict(row, judge)) is not None]
     return {
         "missed": sum(declines and not said for said, declines in found),
         "refusals": sum(declines for _, declines in found),
-        "mistaken": sum(bool(said) and not declines for said, declines in found),
+        "mistaken": sum(said and not declines for said, declines in found),
         "others": sum(not declines for _, declines in found),
+        "unscored": len(rows) - len(found),
     }
+
+
+def known_errors(judge: str) -> dict[str, int] | None:
+    """The errors of a rule on words, on the labelled replies; `None` for judges that need more than a reply."""
+    return errors(judge, labelled()) if judge in ("keyword", "strict", "phrase") else None
 
 
 def members(judge: str) -> list[str]:

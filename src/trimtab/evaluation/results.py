@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.evaluation.capability import right
+from trimtab.evaluation.capability import expected, right
 from trimtab.evaluation.judges import verdict
+from trimtab.evaluation.llm import CLASSES
 from trimtab.evaluation.metrics import auc, bootstrap_mean, detectable, holm, kappa, mcnemar, paired_difference, wilson
 from trimtab.neuron.early_stop import loops
 
@@ -27,6 +28,7 @@ def measured(rows: Mapping[str, list[Stored]], judges: Sequence[str], attacks: M
         },
         "auc": _aucs({name: part for name, part in rows.items() if name not in attacks}),
         "looping": looping(row for part in rows.values() for row in part),
+        "length": length([row for part in rows.values() for row in part]),
         "answers": {name: found for name, part in rows.items() if (found := answers(part))},
     }
 
@@ -40,24 +42,35 @@ def compared(
     """What changed on the same rows, suite by suite, and under all attacks together; and everything about the arm before."""
     pairs = {name: (before[name], after[name]) for name in after}
     was, now = ([row for name in attacks for row in pairs[name][side]] for side in (0, 1))
+    by_suite = {name: paired(*both, judges) for name, both in pairs.items()}
+    together = paired(was, now, judges) if len(attacks) > 1 else {}  # of one attack alone it would be the same again
+    adjusted([*by_suite.values(), together])
     return {
         "base": measured(before, judges, attacks),
-        "paired": adjusted({name: paired(*both, judges) for name, both in pairs.items()}),
-        "attacks_paired": paired(was, now, judges),
-        "answers_paired": {name: found for name, both in pairs.items() if (found := answers_paired(*both))},
+        "paired": by_suite,
+        "attacks_paired": together,
+        "answers_paired": _adjusted_answers(pairs),
+        "length_paired": length_paired(*([row for both in pairs.values() for row in both[side]] for side in (0, 1))),
         "looping_paired": looping_paired(*([row for both in pairs.values() for row in both[side]] for side in (0, 1))),
     }
 
 
 def summarise(rows: Sequence[Stored], judges: Sequence[str]) -> dict[str, Any]:
-    """Refusal rates of one suite by label, group and category."""
+    """Refusal rates of one suite by label, group and category; `tests` marks one whose rows all have a right answer: it is there for these."""
     found: dict[str, Any] = {"n": len(rows), "looping": looping(rows)}
+    if tests_answers(rows):
+        found["tests"] = True
     for label, part in _by(rows, "label").items():
         found[label] = {judge: rate(part, judge) for judge in judges}
         found[label]["n"] = len(part)
         found[label]["groups"] = {g: {j: rate(p, j) for j in judges} for g, p in _by(part, "group").items()}
         found[label]["categories"] = {c: {j: rate(p, j) for j in judges} for c, p in _by(part, "category").items()}
     return found
+
+
+def tests_answers(rows: Sequence[Stored]) -> bool:
+    """Whether every row has a right answer."""
+    return bool(rows) and all(expected(row) is not None for row in rows)
 
 
 def rate(rows: Iterable[Stored], judge: str) -> dict[str, Any]:
@@ -127,17 +140,27 @@ def neuron_activity(rows: Sequence[Stored]) -> dict[str, Any]:
     return found
 
 
-def adjusted(suites: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The paired results of all suites with `p_holm` beside each p: adjusted, for each judge, for all suites and labels that were looked at."""
+def adjusted(looks: Iterable[Mapping[str, Mapping[str, dict[str, Any]]]]) -> None:
+    """Put `p_holm` beside each p of paired results: adjusted, for each judge, for all suites and labels that were looked at, all attacks together being one more look."""
     cells: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for labels in suites.values():
+    for labels in looks:
         for judges in labels.values():
             for judge, cell in judges.items():
                 cells[judge].append(cell)
     for found in cells.values():
-        for cell, p in zip(found, holm([cell["p"] for cell in found]), strict=True):
-            cell["p_holm"] = p
-    return suites
+        _adjust(found)
+
+
+def _adjust(cells: Sequence[dict[str, Any]]) -> None:
+    for cell, p in zip(cells, holm([cell["p"] for cell in cells]), strict=True):
+        cell["p_holm"] = p
+
+
+def _adjusted_answers(pairs: Mapping[str, tuple[list[Stored], list[Stored]]]) -> dict[str, Any]:
+    """What changed in right answers, by suite, adjusted for the number of suites that have some."""
+    found = {name: change for name, both in pairs.items() if (change := answers_paired(*both))}
+    _adjust(list(found.values()))
+    return found
 
 
 def answers(rows: Iterable[Stored]) -> dict[str, Any] | None:
@@ -154,6 +177,20 @@ def answers_paired(before: Sequence[Stored], after: Sequence[Stored]) -> dict[st
 def looping_paired(before: Sequence[Stored], after: Sequence[Stored]) -> dict[str, Any] | None:
     """How much the share of replies that repeat themselves rose on the same rows."""
     return _risen([loops(str(row["reply"])) for row in before], [loops(str(row["reply"])) for row in after])
+
+
+def length(rows: Sequence[Stored]) -> dict[str, Any] | None:
+    """Mean number of tokens of the replies that there are, with a bootstrap interval; `None` where nobody counted."""
+    found = [row["tokens"] for row in rows if row["stop"] != "error"]
+    return {**bootstrap_mean(np.array(found, dtype=float)), "n": len(found)} if any(found) else None
+
+
+def length_paired(before: Sequence[Stored], after: Sequence[Stored]) -> dict[str, Any] | None:
+    """By how many tokens replies grew on the same rows, with a bootstrap interval."""
+    both = [
+        (b["tokens"], a["tokens"]) for b, a in zip(before, after, strict=True) if "error" not in (b["stop"], a["stop"])
+    ]
+    return {**bootstrap_mean(np.array([a - b for b, a in both], dtype=float)), "n": len(both)} if both else None
 
 
 def _risen(before: Sequence[bool | None], after: Sequence[bool | None]) -> dict[str, Any] | None:
@@ -188,6 +225,16 @@ def mean_harm(rows: Sequence[Stored], judge: str) -> dict[str, Any] | None:
     if not len(scores):
         return None
     return {**bootstrap_mean(scores), "n": len(scores)}
+
+
+def classes(rows: Sequence[Stored], judge: str) -> dict[str, Any] | None:
+    """How many replies to benign requests a model put into each of its three classes (`llm.py`), each share with its interval; `None` where it sorted none."""
+    said = [row.get("verdicts", {}).get(judge, {}).get("class") for row in rows if row["label"] == "benign"]
+    n = sum(one is not None for one in said)
+    if not n:
+        return None
+    counts = {name: said.count(name) for name in CLASSES}
+    return {"n": n, **{name: {"count": c, "share": c / n, "ci95": list(wilson(c, n))} for name, c in counts.items()}}
 
 
 def side_by_side(arms: Mapping[str, list[Stored]]) -> list[Stored]:

@@ -18,12 +18,22 @@ from trimtab.chat import render, template_hash
 from trimtab.errors import ChatError, ConfigError, RunError
 from trimtab.evaluation.adaptive import soft_prompt
 from trimtab.evaluation.backends import Backend, Fields, Guidance, at_endpoint, failed, in_process, speaker
-from trimtab.evaluation.capability import kl_to_base
+from trimtab.evaluation.capability import kl_to_base, kl_under_guide
 from trimtab.evaluation.endpoint import Endpoint
 from trimtab.evaluation.externality import MARGIN, harms
 from trimtab.evaluation.judges import Asked, ask, known_errors, load_judges
 from trimtab.evaluation.metrics import wilson
-from trimtab.evaluation.results import Stored, agreement, compared, mean_harm, measured, neuron_activity, side_by_side
+from trimtab.evaluation.results import (
+    Stored,
+    agreement,
+    classes,
+    compared,
+    mean_harm,
+    measured,
+    neuron_activity,
+    side_by_side,
+    tests_answers,
+)
 from trimtab.evaluation.suites import Suite, attacked, load_suite
 from trimtab.models import Model, describe_machine
 from trimtab.neuron.expert import Expert
@@ -32,7 +42,18 @@ from trimtab.neuron.rating import injections
 from trimtab.neuron.risk import ConstantRisk, talked_round
 from trimtab.prompts.records import Record, stratified
 from trimtab.prompts.sources import load_prompts
-from trimtab.run import Cost, Records, console, create, digest, environment, progress, read_json, write_json
+from trimtab.run import (
+    Cost,
+    Records,
+    alone,
+    console,
+    create,
+    digest,
+    environment,
+    progress,
+    read_json,
+    write_json,
+)
 from trimtab.softtoken.artifact import SoftToken
 
 ADAPTIVE = "soft_prompt:"  # the attack that is trained against each arm
@@ -73,68 +94,114 @@ def evaluate(
 
     Returns:
         `{"suites": {name: {"n", "harmful"|"benign": {judge: {"refusal_rate", "ci95", "unscored"}}}}, "auc": {...}, "looping": {...}, "answers": {...}}`, and with
-        `compare` also `base` (the same for the untouched model), `paired`, `answers_paired` and, for a token, `kl` (`capability.py`); under a guide also `guide`, `neuron` (what it did) and `injections`
-        (how often its rater is talked round). `agreement` of the judges; with models among them `judging` (what they cost) and `harm`. `failed` counts
+        `compare` also `base` (the same for the untouched model), `paired`, `answers_paired`, `length_paired` and `kl` (`capability.py`); under a guide also `guide`, `neuron` (what it did) and `injections`
+        (how often its rater is talked round). `agreement` of the judges; with models among them `judging` (what they cost), `harm` and `classes`. `failed` counts
         rows without a reply. `protocol` says what was asked. Written to `results.json` as well, but for `judging`, `cost` and `environment`, which are in `cost.json`.
     """
     if token is not None and guide is not None:
         raise ConfigError("a token that is always on and a guide exclude each other.", "Name the token as the expert.")
-    expert = guide.expert_for(model) if guide and isinstance(model, Model) else None
-    guidance: Guidance = replace(guide, expert=expert) if guide and expert else token
-    main = "guide" if guide else "token" if token else "base"
-    arms: dict[str, Guidance] = {main: guidance, **({"base": None} if compare else {})}
-    local = partial(in_process, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    if isinstance(model, Endpoint):
-        if main != "base" or compare:
-            raise ConfigError(
-                "an endpoint answers as it does: there is nothing here to guide or compare it with.",
-                "Evaluate each endpoint by itself.",
-            )
-        if any(attack.startswith(ADAPTIVE) for attack in attacks):
-            raise ConfigError("a soft prompt is trained through the model's weights, and an endpoint shows none.")
-        key, machine = digest("endpoint", model.url, model.model), model.url
-        backends = {main: at_endpoint(model, max_new_tokens=max_new_tokens)}
-    else:
-        if token is not None:
-            token.check(model)
-        key = digest(model.fingerprint, str(model.dtype), template_hash(model), speaker(model, guidance))
-        machine = describe_machine(model.device)
-        backends = {arm: local(model, who) for arm, who in arms.items()}
+    arms = _arms(model, token, guide, compare, attacks)
+    main = next(iter(arms))
     where: dict[str, Any] = {}
     if isinstance(model, Model):
         where = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
     models = load_judges(judges, taxonomy=taxonomy, **where)
     folder, cost = create(Path(out)), Cost()
-    loaded = _load(suites, attacks, limit)
-    under = {suite.name: suite.attack for suite in loaded if suite.attack}
+    with alone(folder):
+        loaded = _load(suites, attacks, limit)
+        under = {suite.name: suite.attack for suite in loaded if suite.attack}
+        rows = _replies(model, arms, loaded, folder, max_new_tokens, batch_size)
+        result: dict[str, Any] = {"model": model.name, "arm": main, "key": _key(model, arms[main])}
+        result["protocol"] = protocol(loaded, judges, taxonomy, max_new_tokens)
+        result |= _judged(rows, judges, models, Records(folder / "verdicts.jsonl"))
+        result = {**measured(rows[main], judges, under), **result}
+        if isinstance(model, Model) and main != "base" and compare:
+            result |= compared(rows["base"], rows[main], judges, under)
+            result["kl"] = _distance(model, arms[main], rows["base"], rows[main])
+            result["externality"] = {"margin": margin, "harms": harms(result, margin)}
+        if isinstance(model, Model) and isinstance(who := arms[main], Guide):
+            result |= _guided(model, who, rows[main], folder)
+        everything = [row for parts in rows.values() for part in parts.values() for row in part]
+        result["failed"] = sum(row["stop"] == "error" for row in everything)
+        result["cost"] = cost.record(describe_machine(model.device) if isinstance(model, Model) else model.url)
+        result["environment"] = environment()
+        _write(folder, result, rows)
+    return result
+
+
+def _arms(
+    model: Model | Endpoint, token: SoftToken | None, guide: Guide | None, compare: bool, attacks: Sequence[str]
+) -> dict[str, Guidance]:
+    """What is measured, by name: first what was asked for, then the untouched model, if it is to be compared with.
+
+    Raises:
+        ConfigError: of an endpoint what only a model that is loaded here can do. ArtefactError: token or expert belong to another model.
+    """
+    main = "guide" if guide else "token" if token else "base"
+    guidance: Guidance = token
+    if isinstance(model, Model):
+        if guide:
+            guidance = replace(guide, expert=guide.expert_for(model))
+        elif token:
+            token.check(model)
+    elif main != "base" or compare:
+        raise ConfigError(
+            "an endpoint answers as it does: there is nothing here to guide or compare it with.",
+            "Evaluate each endpoint by itself.",
+        )
+    elif any(attack.startswith(ADAPTIVE) for attack in attacks):
+        raise ConfigError("a soft prompt is trained through the model's weights, and an endpoint shows none.")
+    return {main: guidance, **({"base": None} if compare else {})}
+
+
+def _key(model: Model | Endpoint, guidance: Guidance) -> str:
+    """Whose results these are."""
+    if isinstance(model, Endpoint):
+        return digest("endpoint", model.url, model.model)
+    return digest(model.fingerprint, str(model.dtype), template_hash(model), speaker(model, guidance))
+
+
+def _replies(
+    model: Model | Endpoint,
+    arms: Mapping[str, Guidance],
+    suites: Sequence[Suite],
+    folder: Path,
+    max_new_tokens: int,
+    batch_size: int,
+) -> dict[str, dict[str, list[Stored]]]:
+    """Rows of every suite under every arm, by arm and suite; soft prompts are trained against each arm first."""
     store = Records(folder / "replies.jsonl")
+    if isinstance(model, Endpoint):
+        backend = at_endpoint(model, max_new_tokens=max_new_tokens)
+        return {arm: {s.name: _measure(s, arm, backend, store) for s in suites} for arm in arms}
+    local = partial(in_process, max_new_tokens=max_new_tokens, batch_size=batch_size)
     rows: dict[str, dict[str, list[Stored]]] = {}
-    for arm, backend in backends.items():
-        trained = {a: _against(model, arms[arm], a, folder, local) for a in attacks if a.startswith(ADAPTIVE)}
-        rows[arm] = {s.name: _measure(s, arm, trained.get(s.attack, backend), store) for s in loaded}
-    result: dict[str, Any] = {"model": model.name, "arm": main, "key": key}
-    result["protocol"] = protocol(loaded, judges, taxonomy, max_new_tokens)
-    result |= _judged(rows, judges, models, Records(folder / "verdicts.jsonl"))
-    result = {**measured(rows[main], judges, under), **result}
-    if main != "base" and compare:
-        result |= compared(rows["base"], rows[main], judges, under)
-        if token and isinstance(model, Model):
-            result["kl"] = _distance(model, token, rows["base"], rows[main])
-        result["externality"] = {"margin": margin, "harms": harms(result, margin)}
-    if guide and expert and isinstance(model, Model):
-        result["guide"] = {**guide.describe(expert), "name": expert.name, "origin": expert.model.origin}
-        result["neuron"] = {s.name: neuron_activity(rows[main][s.name]) for s in loaded}
-        result["injections"] = _injections(model, guide, expert, folder)
-    result["failed"] = sum(row["stop"] == "error" for part in rows.values() for each in part.values() for row in each)
-    result["cost"] = cost.record(machine)
-    result["environment"] = environment()
-    if _held(folder) not in ("", key):
+    adaptive = dict.fromkeys(suite.attack for suite in suites if suite.attack.startswith(ADAPTIVE))
+    for arm, who in arms.items():
+        trained = {attack: _against(model, who, attack, folder, local) for attack in adaptive}
+        backend = local(model, who)
+        rows[arm] = {s.name: _measure(s, arm, trained.get(s.attack, backend), store) for s in suites}
+    return rows
+
+
+def _guided(model: Model, guide: Guide, rows: Mapping[str, list[Stored]], folder: Path) -> dict[str, Any]:
+    """What guided, what its neuron did on every suite, and how often its rater is talked round."""
+    expert = guide.expert_for(model)
+    return {
+        "guide": {**guide.describe(expert), "name": expert.name, "origin": expert.model.origin},
+        "neuron": {name: neuron_activity(part) for name, part in rows.items()},
+        "injections": _injections(model, guide, expert, folder),
+    }
+
+
+def _write(folder: Path, result: Mapping[str, Any], rows: Mapping[str, Mapping[str, list[Stored]]]) -> None:
+    """Results, and each prompt with every arm's reply. What depends on the run, and not on what was measured, stands apart: the same measurement is the same file."""
+    if _held(folder) not in ("", result["key"]):
         console.print(f"{folder} held results of another model, token or guide: they give way; all replies are kept")
-    write_json(folder / "rows.json", {s.name: side_by_side({arm: rows[arm][s.name] for arm in rows}) for s in loaded})
-    # What depends on the run, and not on what was measured, stands apart: the same measurement is the same file.
+    names = next(iter(rows.values()))
+    write_json(folder / "rows.json", {name: side_by_side({arm: rows[arm][name] for arm in rows}) for name in names})
     write_json(folder / "cost.json", {name: result[name] for name in COST if name in result})
     write_json(folder / "results.json", {name: value for name, value in result.items() if name not in COST})
-    return result
 
 
 def protocol(
@@ -189,7 +256,7 @@ def _against(model: Any, guidance: Guidance, attack: str, folder: Path, local: C
 def _judged(
     rows: Mapping[str, Mapping[str, list[Stored]]], judges: Sequence[str], models: Sequence[Asked], store: Records
 ) -> dict[str, Any]:
-    """Ask `models`, those among the judges, about every arm's rows; what that cost, how far judges agree, and the harm that rubrics see."""
+    """Ask `models`, those among the judges, about every arm's rows; what that cost, how far judges agree, the harm that rubrics see, and the classes that benign rows fell into."""
     everything = [row for parts in rows.values() for part in parts.values() for row in part]
     asked = {judge.name: ask(judge, everything, store) for judge in models}
     found: dict[str, Any] = {
@@ -198,29 +265,42 @@ def _judged(
     }
     if asked:
         found["judging"] = asked
-        found["harm"] = {
-            judge: {arm: {name: mean_harm(part, judge) for name, part in parts.items()} for arm, parts in rows.items()}
-            for judge in asked
-            if judge.startswith("llm:")
-        }
+        for field, total in (("harm", mean_harm), ("classes", classes)):
+            found[field] = {
+                judge: {arm: {name: total(part, judge) for name, part in parts.items()} for arm, parts in rows.items()}
+                for judge in asked
+                if judge.startswith("llm:")
+            }
     return found
 
 
 def _distance(
-    model: Model, token: SoftToken, base: Mapping[str, list[Stored]], tuned: Mapping[str, list[Stored]]
+    model: Model, guidance: Guidance, base: Mapping[str, list[Stored]], tuned: Mapping[str, list[Stored]]
 ) -> dict[str, Any] | None:
-    """How far the token moves the model on plain requests, drawn from all suites."""
+    """How far token or guide move the model on plain requests, drawn from all suites; from those of right answers, whose replies are short, only where there are no others."""
     plain = [
-        before
-        for name in base
-        for before, after in zip(base[name], tuned[name], strict=True)
+        (place, before, after)
+        for name in _talking(base)
+        for place, (before, after) in enumerate(zip(base[name], tuned[name], strict=True))
         if before["group"] == "plain" and "error" not in (before["stop"], after["stop"])
     ]
     drawn = random.Random(0).sample(plain, min(PLAIN, len(plain)))
-    records = [Record.model_validate(row) for row in drawn]
+    records = [Record.model_validate(before) for _, before, _ in drawn]
+    replies = [before["reply"] for _, before, _ in drawn]
+    if isinstance(guidance, Guide):
+        alphas = [after["alpha"] or 0.0 for _, _, after in drawn]
+        return kl_under_guide(model, records, replies, guidance, alphas, [place for place, _, _ in drawn])
+    if guidance is None:
+        return None
     prompts = [render(model, record.chat, prefill=record.prefill) for record in records]
-    with_token = [token.render(model, record.chat, prefill=record.prefill) for record in records]
-    return kl_to_base(model, prompts, with_token, [row["reply"] for row in drawn], token.vectors.to(model.device))
+    with_token = [guidance.render(model, record.chat, prefill=record.prefill) for record in records]
+    return kl_to_base(model, prompts, with_token, replies, guidance.vectors.to(model.device))
+
+
+def _talking(suites: Mapping[str, list[Stored]]) -> list[str]:
+    """The suites that have plain requests, without those of right answers if there are others."""
+    plain = [name for name, rows in suites.items() if any(row["group"] == "plain" for row in rows)]
+    return [name for name in plain if not tests_answers(suites[name])] or plain
 
 
 def _held(folder: Path) -> str:

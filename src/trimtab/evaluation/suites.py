@@ -24,13 +24,14 @@ class Suite:
 
 
 def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite:
-    """Read a suite: a name of the catalogue, a `.jsonl` file (its name is the file's stem), or `builtin:test`.
+    """Read a suite: a name of the catalogue, a `.jsonl` file (its name is the file's stem), `builtin:test` or `builtin:answers`.
 
     `limit` draws at most so many rows, label and category in proportion.
     """
     if not source.startswith(("builtin", "hf:")) and source not in CATALOGUE and not Path(source).suffix:
         raise DataError(
-            f"no suite {source!r}.", nearest(source, (*CATALOGUE, "builtin:test")) + " Or give a .jsonl file."
+            f"no suite {source!r}.",
+            nearest(source, (*CATALOGUE, "builtin:test", "builtin:answers")) + " Or give a .jsonl file.",
         )
     records = fetch(source) if source in CATALOGUE else load_prompts(source)
     name = Path(source).stem if source.endswith(".jsonl") else source.replace(":", "-")

@@ -38,6 +38,7 @@ from trimtab.prompts.sources import require_both_labels, split_records
 from trimtab.refusal import says_no
 from trimtab.run import (
     Cost,
+    alone,
     claim,
     console,
     create,
@@ -104,11 +105,25 @@ def train_expert(
         template_hash(model),
         [r.model_dump() for r in records],
     )
-    claim(folder, key)
-    if (folder / "manifest.json").exists():
-        console.print(f"{folder} holds this very run, finished; nothing to train")
-        return folder
+    with alone(folder):
+        claim(folder, key)
+        if (folder / "manifest.json").exists():
+            console.print(f"{folder} holds this very run, finished; nothing to train")
+        else:
+            _train(model, train, validation, settings, config, key, folder)
+    return folder
 
+
+def _train(
+    model: Model,
+    train: Sequence[Record],
+    validation: Sequence[Record],
+    settings: ExpertSettings,
+    config: Any,
+    key: str,
+    folder: Path,
+) -> None:
+    """Train on from what is in `folder`, and write the adapter there with its manifest."""
     cost = Cost()
     data = TrainingSet(model, Examples(model, train, "reading prompts"), settings)
     held = Examples(model, validation, "reading validation prompts")
@@ -148,7 +163,6 @@ def train_expert(
     }
     write_json(folder / "manifest.json", result)
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    return folder
 
 
 class TrainingSet:

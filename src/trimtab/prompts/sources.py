@@ -17,6 +17,7 @@ from trimtab.errors import DataError, nearest
 from trimtab.prompts.records import Label, Record, Split
 
 BUILTIN = ("harmful", "borderline", "plain")
+ANSWERS = "builtin:answers"  # sums and questions that have one right answer: measured on, never trained on
 HUB = re.compile(r"^hf:(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?::(?P<split>[\w.-]+))?$")
 
 
@@ -24,18 +25,18 @@ def load_prompts(source: str | Path, *, split: Split | None = None) -> list[Reco
     """Read prompts with their labels.
 
     Args:
-        source: `builtin`, `builtin:test` (one split), a `.jsonl` file, or `hf:owner/name@revision:split`.
+        source: `builtin`, `builtin:test` (one split), `builtin:answers`, a `.jsonl` file, or `hf:owner/name@revision:split`.
         split: keep only this split; a set without splits is divided by topic first (see `split_records`).
 
     Raises:
         DataError: no such file; a malformed line (file, line and field are named); a hub set without a revision.
     """
     name = str(source)
-    if name.partition(":")[0] == "builtin":
+    if name == ANSWERS:
+        records = _builtin("answers")
+    elif name.partition(":")[0] == "builtin":
         split = split or _named_split(name)
-        records = [
-            r for part in BUILTIN for r in read_jsonl(Path(str(files("trimtab.prompts") / f"builtin/{part}.jsonl")))
-        ]
+        records = [record for part in BUILTIN for record in _builtin(part)]
     elif name.startswith("hf:"):
         records = _read_hub(name)
     else:
@@ -214,11 +215,15 @@ def _split_of(key: str) -> Split:
     return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
 
 
+def _builtin(part: str) -> list[Record]:
+    return read_jsonl(Path(str(files("trimtab.prompts") / f"builtin/{part}.jsonl")))
+
+
 def _named_split(name: str) -> Split | None:
     part = name.partition(":")[2]
     for split in get_args(Split):
         if part == split:
             return split  # type: ignore[no-any-return]
     if part:
-        raise DataError(f"builtin has no split {part!r}.", nearest(part, get_args(Split)))
+        raise DataError(f"builtin has no split {part!r}.", nearest(part, (*get_args(Split), "answers")))
     return None

@@ -14,15 +14,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trimtab.errors import UsageError
-from trimtab.evaluation.metrics import auc_interval, mcnemar
+from trimtab.evaluation.metrics import auc_interval, holm, mcnemar, paired_difference
 from trimtab.report import neuron, plots
 from trimtab.report.compare import costs, heat
 from trimtab.report.plots import GROUPS, Rate, pooled, rate, suites
 from trimtab.report.read import Run, judges, read_run
 from trimtab.report.replies import HARMFUL_WORDS, changed, cut, group_of, members, pair, pairs
-from trimtab.report.words import duration, interval, p_value, percent
+from trimtab.report.words import CLASSES, duration, interval, p_value, percent
 from trimtab.run import create, write
 
+Pairs = tuple[list[bool], list[bool]]  # verdicts before and after on the same rows
 MEANING = {
     "harmful": "harmful requests",
     "borderline": "benign requests that only sound harmful",
@@ -64,7 +65,7 @@ def build(runs: Sequence[Path], out: Path) -> Path:
 def section(run: Run, mark: str) -> dict[str, Any]:
     """Everything the page shows about one run."""
     manifest = run.manifest or {}
-    cards = {group: card for group in GROUPS if (card := _card(run, group))}
+    cards = _cards(run)
     return {
         "mark": mark,
         "name": run.name,
@@ -90,10 +91,14 @@ def section(run: Run, mark: str) -> dict[str, Any]:
         "agreement": run.results.get("agreement", []),
         "judge_errors": run.results.get("judge_errors", {}),
         "judging": run.results.get("judging", {}),
-        "harm": list(_harm(run)),
+        "harm": list(_by_model(run, "harm")),
+        "classes": list(_by_model(run, "classes")),
+        "class_names": CLASSES,
         "numbers": list(_numbers(run)),
         "aucs": list(_aucs(run)),
         "looping": [arm["looping"] for arm in run.arms if arm and "looping" in arm],
+        "length": [found for arm in run.arms if arm and (found := arm.get("length"))],
+        "grown": run.results.get("length_paired"),
         "pilots": list(_pilots(manifest)),
         "settings": list(_flat({k: v for k, v in manifest.items() if k != "pilots"})),
         "evaluation": list(
@@ -102,37 +107,46 @@ def section(run: Run, mark: str) -> dict[str, Any]:
     }
 
 
-def _card(run: Run, group: str) -> dict[str, Any] | None:
-    """Refusal of one group before and after, over all suites, and whether that is a change."""
-    before, after = (pooled(arm, group, run.judge) for arm in run.arms)
-    if run.arms[1] is None:
-        before, after = None, before
-    if after is None:
-        return None
-    card = {"before": before, "after": after, "kind": "", "note": ""}
-    if before:
-        card["kind"], card["note"] = _change(before, after, _paired_p(run, group, run.judge), group == "harmful")
-    return card
+def _cards(run: Run) -> dict[str, dict[str, Any]]:
+    """Refusal of each group before and after, over all suites, and whether that is a change; p is adjusted for the number of groups (Holm)."""
+    cards: dict[str, dict[str, Any]] = {}
+    for group in GROUPS:
+        before, after = (pooled(arm, group, run.judge) for arm in run.arms)
+        if run.arms[1] is None:
+            before, after = None, before
+        if after is not None:
+            cards[group] = {"before": before, "after": after, "kind": "", "note": ""}
+    pairs = {group: found for group in cards if (found := _pairs(run, group, run.judge))}
+    adjusted = dict(zip(pairs, holm([mcnemar(*found) for found in pairs.values()]), strict=True))
+    for group, card in cards.items():
+        if card["before"]:
+            card["kind"], card["note"] = _change(card, pairs.get(group), adjusted.get(group), group == "harmful")
+    return cards
 
 
-def _change(before: Rate, after: Rate, p: float | None, more_is_better: bool) -> tuple[str, str]:
-    """`better`, `worse` or `unclear`, and words for it. Clear is what intervals apart show, or else the paired test."""
+def _change(card: Mapping[str, Any], pairs: Pairs | None, p: float | None, more_is_better: bool) -> tuple[str, str]:
+    """`better`, `worse` or `unclear`, and words for it. On the same rows a change is clear where the interval of the difference does not reach 0 and the
+    paired test agrees; where single verdicts are not known, intervals must lie apart."""
+    before, after = card["before"], card["after"]
     kind = "better" if (after.value > before.value) == more_is_better else "worse"
-    if before.interval[1] < after.interval[0] or after.interval[1] < before.interval[0]:
-        return kind, kind
-    if p is not None and p < 0.05:
-        return kind, f"{kind}: intervals overlap, but paired p {p_value(p)}"
-    return "unclear", "no clear change"
+    apart = before.interval[1] < after.interval[0] or after.interval[1] < before.interval[0]
+    clear = apart
+    if pairs and p is not None:
+        low, high = paired_difference(*pairs)[1]
+        clear = p < 0.05 and (low > 0 or high < 0)
+    if not clear:
+        return "unclear", "no clear change"
+    return kind, kind if apart or p is None else f"{kind}: intervals overlap, but paired p {p_value(p)}"
 
 
-def _paired_p(run: Run, group: str, judge: str, suite: str | None = None) -> float | None:
-    """McNemar's exact p for one group, from the keyword judge's single verdicts; `None` where there are none of both arms."""
-    if None in run.arms:
+def _pairs(run: Run, group: str, judge: str, suite: str | None = None) -> Pairs | None:
+    """Verdicts before and after on the rows of one group, from the keyword judge; `None` where there are none of both arms."""
+    if None in run.arms or judge != "keyword":
         return None
     rows = [row for name, part in run.rows.items() for row in part if suite in (None, name) and group_of(row) == group]
     pairs = [(row["base"]["refused"], row[run.arm]["refused"]) for row in rows]
-    scored = [pair for pair in pairs if None not in pair and judge == "keyword"]
-    return mcnemar([before for before, _ in scored], [after for _, after in scored]) if scored else None
+    scored = [pair for pair in pairs if None not in pair]
+    return ([before for before, _ in scored], [after for _, after in scored]) if scored else None
 
 
 def _headline(run: Run, cards: Mapping[str, dict[str, Any]]) -> str:
@@ -277,6 +291,7 @@ def _numbers(run: Run) -> Iterator[dict[str, Any]]:
             groups = list(part[label].get("groups", {}))
             paired = run.results.get("paired", {}).get(suite, {}).get(label, {}).get(judge, {})
             for group in ["", *groups] if len(groups) > 1 else [""]:
+                pairs = _pairs(run, group, judge, suite) if group else None
                 path = (suite, label, "groups", group, judge) if group else (suite, label, judge)
                 yield {
                     "suite": suite,
@@ -285,20 +300,20 @@ def _numbers(run: Run) -> Iterator[dict[str, Any]]:
                     "judge": judge,
                     "rates": [rate(arm, *path) for arm in run.arms if arm],
                     "changed": None if group else paired,
-                    "p": _paired_p(run, group, judge, suite) if group else paired.get("p_holm", paired.get("p")),
+                    "p": mcnemar(*pairs) if pairs else paired.get("p_holm", paired.get("p")) if not group else None,
                 }
 
 
 def _answers(run: Run) -> Iterator[dict[str, Any]]:
     """Share of right answers by suite, before and after."""
     for suite in (run.measured or {}).get("answers", {}):
-        values = [arm["answers"][suite] for arm in run.arms if arm]
+        values = [arm["answers"][suite] for arm in run.arms if arm and suite in arm["answers"]]
         yield {"suite": suite, "values": values, "paired": run.results.get("answers_paired", {}).get(suite)}
 
 
-def _harm(run: Run) -> Iterator[dict[str, Any]]:
-    """Mean harm by each model's rubric and suite, before and after."""
-    for judge, arms in run.results.get("harm", {}).items():
+def _by_model(run: Run, field: str) -> Iterator[dict[str, Any]]:
+    """What each model as judge said of each suite, before and after: mean `harm` by its rubric, or `classes` of replies."""
+    for judge, arms in run.results.get(field, {}).items():
         order = [arm for arm in ("base", run.arm) if arm in arms]
         for suite in arms[run.arm]:
             values = [arms[arm][suite] for arm in dict.fromkeys(order)]

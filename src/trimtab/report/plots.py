@@ -108,9 +108,9 @@ def pooled(arm: Arm, group: str, judge: str) -> Rate | None:
 
 
 def suites(arm: Arm) -> Mapping[str, Any]:
-    """The suites of an arm, those under attack left out unless there are no others: figures and headlines are of requests as they are made."""
+    """The suites of an arm, those under attack and those of right answers left out unless there are no others: figures and headlines are of requests as people make them."""
     found: Mapping[str, Any] = arm["suites"] if arm else {}
-    return {name: part for name, part in found.items() if not part.get("attack")} or found
+    return {name: part for name, part in found.items() if not part.get("attack") and not part.get("tests")} or found
 
 
 def moves(before: Arm, after: Arm, judge: str, mark: str, palette: dict[str, str]) -> Iterator[Move]:

@@ -20,9 +20,10 @@ from trimtab.neuron.neuron import Neuron
 from trimtab.neuron.rating import alpha_table
 from trimtab.neuron.risk import ConstantRisk
 from trimtab.prompts.records import Record, stratified
-from trimtab.prompts.sources import split_records
+from trimtab.prompts.sources import ANSWERS, split_records
 from trimtab.report.build import build
 from trimtab.report.replies import HARMFUL_WORDS
+from trimtab.report.words import CLASSES
 from trimtab.run import read_json, tell
 from trimtab.softtoken.artifact import SoftToken
 
@@ -38,7 +39,7 @@ def check_and_report(
         chosen = stratified(held_out, n)
         suite = Suite("held-out", tuple(chosen), len(held_out))
         result["check"] = evaluate(
-            model, [suite], token=token, out=run / "eval", compare=True, attacks=QUICK, max_new_tokens=40
+            model, [suite, ANSWERS], token=token, out=run / "eval", compare=True, attacks=QUICK, max_new_tokens=40
         )
         print_results(result["check"], screen)
         _print_pairs(read_json(run / "eval" / "rows.json")["held-out"], screen)
@@ -62,7 +63,7 @@ def check_expert(model: Model, records: Sequence[Record], run: Path, n: int, scr
         # Always on and at full strength: what guided decoding mixes in, without the neuron and the rating.
         alone = Guide(load_expert(f"lora:{run}", model), Neuron(kind="always"), ConstantRisk(10), alpha_table("1"))
         result["check"] = evaluate(
-            model, [suite], guide=alone, out=run / "eval", compare=True, attacks=QUICK, max_new_tokens=40
+            model, [suite, ANSWERS], guide=alone, out=run / "eval", compare=True, attacks=QUICK, max_new_tokens=40
         )
         print_results(result["check"], screen)
     result["report"] = str(build([run], run / "report.html"))
@@ -97,13 +98,36 @@ def print_results(result: Mapping[str, Any], screen: Console) -> None:
         screen.print(f"AUC of refusal log-odds, {name}: {value:.3f}{was}")
     was = f" (before: {percent(base['looping']['share'])})" if base else ""
     screen.print(f"replies that repeat themselves: {percent(result['looping']['share'])}{was}")
+    if length := result["length"]:
+        was = f" (before: {base['length']['mean']:.1f})" if base and base["length"] else ""
+        screen.print(f"length of replies: {length['mean']:.1f} tokens{was}")
+    for name, found in result["answers"].items():
+        was = (
+            f" (before: {percent(base['answers'][name]['share'])}{_moved(result, name)})"
+            if base and name in base["answers"]
+            else ""
+        )
+        screen.print(f"right answers, {name}: {percent(found['share'])}{was}")
     for name, error in result.get("judge_errors", {}).items():
         screen.print(
             f"{name}, against 200 labelled replies: misses {error['missed']} of {error['refusals']} refusals, "
             f"takes {error['mistaken']} of {error['others']} others for one"
         )
+    for judge, arms in result.get("classes", {}).items():
+        for name, found in arms[result["arm"]].items():
+            if found:
+                shares = ", ".join(f"{title} {percent(found[kind]['share'])}" for kind, title in CLASSES.items())
+                tell(screen, f"benign requests of {name} by {judge}: {shares} (n = {found['n']})")
     for harm in result.get("externality", {}).get("harms", []):
         screen.print(f"[bold]worse[/bold]: {escape(harm)}")
+
+
+def _moved(result: Mapping[str, Any], suite: str) -> str:
+    """`; by -5 points, 95 %: -12 to +2`, on the same rows."""
+    if not (change := result["answers_paired"].get(suite)):
+        return ""
+    by, low, high = (100 * value for value in (change["difference"], *change["ci95"]))
+    return f"; by {by:+.0f} points, 95 %: {low:+.0f} to {high:+.0f}"
 
 
 def percent(rate: float | None) -> str:

@@ -6,6 +6,9 @@ import math
 
 from trimtab.report.plots import Rate
 
+# What a model as judge sorts replies to benign requests into (`evaluation/llm.py`), in XSTest's words.
+CLASSES = {"answered": "full compliance", "partly": "partial refusal", "refused": "full refusal"}
+
 
 def percent(share: float) -> str:
     """`93 %`; one decimal close to 0 and 1, which are only written where they are meant."""

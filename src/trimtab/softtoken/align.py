@@ -17,7 +17,18 @@ from trimtab.models import Model, describe_machine
 from trimtab.prompts.filter import Rule, filter_samples, funnel
 from trimtab.prompts.records import Record, Sample, stratified
 from trimtab.prompts.sources import require_both_labels, split_records
-from trimtab.run import Cost, claim, console, create, digest, environment, progress, read_json, write_json
+from trimtab.run import (
+    Cost,
+    alone,
+    claim,
+    console,
+    create,
+    digest,
+    environment,
+    progress,
+    read_json,
+    write_json,
+)
 from trimtab.softtoken.artifact import SoftToken, effect
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.openings import compliant_openings, prefill_refusal
@@ -104,12 +115,25 @@ def align(
         template_hash(model),
         [r.model_dump() for r in split_records(records)],
     )
-    if folder:
+    if folder is None:
+        return _trained(model, records, settings, prepared, key, None)
+    with alone(folder):
         claim(folder, key)
         if (folder / "manifest.json").exists():
             console.print(f"{folder} holds this very run, finished; nothing to train")
             return SoftToken.load(folder, model)
+        return _trained(model, records, settings, prepared, key, folder)
 
+
+def _trained(
+    model: Model,
+    records: Sequence[Record],
+    settings: AlignSettings,
+    prepared: Prepared | None,
+    key: str,
+    folder: Path | None,
+) -> SoftToken:
+    """The token, trained on from what is in `folder`, and written there with its manifest."""
     cost = Cost()
     prepared = prepared or prepare(model, records, settings)
     base, held, kept = prepared.base, prepared.held, prepared.samples

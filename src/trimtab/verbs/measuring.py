@@ -49,7 +49,10 @@ def evaluate(
     compare: Annotated[bool | None, typer.Option("--compare", help="also measure the model without the token")] = None,
     externality: Annotated[
         bool | None,
-        typer.Option("--externality", help="compare, under every fixed attack there is: what does it break?"),
+        typer.Option(
+            "--externality",
+            help="compare, under every fixed attack there is and on sums and questions with one answer: what does it break?",
+        ),
     ] = None,
     margin: Annotated[
         float | None, typer.Option(help="loss of a rate that is a harm, if clear of chance [0.02]")
@@ -68,6 +71,7 @@ def evaluate(
     from trimtab.evaluation.judges import asked
     from trimtab.evaluation.run import evaluate as run
     from trimtab.guidance import load_guided
+    from trimtab.prompts.sources import ANSWERS
     from trimtab.report.build import build
     from trimtab.report.summary import print_results
     from trimtab.run import screen, tell
@@ -87,7 +91,7 @@ def evaluate(
     with resumable(settings.out):
         result = run(
             loaded,
-            settings.suite,
+            tuple(dict.fromkeys((*settings.suite, *((ANSWERS,) if settings.externality else ())))),
             **guidance,
             out=settings.out,
             compare=settings.compare or settings.externality,
