@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from conftest import FAMILIES, build, naive_logits, vectors_for
 from trimtab import models
@@ -185,6 +186,11 @@ def test_fingerprint_sees_every_matrix(name: str) -> None:
 @pytest.mark.parametrize(("family", "scale"), [("llama", 1.0), ("gemma3", 32**0.5)])
 def test_embedding_scale(family: str, scale: float) -> None:
     assert build(family).embedding_scale == pytest.approx(scale)
+
+
+def test_a_model_with_an_encoder_for_text_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"type t5 is no language model as is needed here\.\n.*a decoder alone"):
+        models.reader_of(AutoConfig.for_model("t5"))
 
 
 # Slot ids

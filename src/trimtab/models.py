@@ -304,10 +304,21 @@ def _read(source: Path | str, origin: dict[str, str], dtype: Dtype, device: str)
 
 
 def reader_of(config: Any) -> Any:
-    """The class of transformers that reads such a model: a language model's, or that of one which also sees, whose text part is used here."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+    """The class of transformers that reads such a model: a language model's, or that of one which also sees, whose text part is used here.
 
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    Raises:
+        ModelError: it is neither.
+    """
+    import transformers as hf
+
+    if type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return hf.AutoModelForCausalLM
+    if type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config.get_text_config() is not config:
+        return hf.AutoModelForImageTextToText
+    raise ModelError(
+        f"a model of type {config.model_type} is no language model as is needed here.",
+        "Give a decoder alone (Llama, Qwen, Gemma, ...), or one that also sees (LLaVA, Qwen-VL, Gemma 3, ...); none with an encoder for text.",
+    )
 
 
 def empty(config: Any, dtype: Dtype) -> Any:

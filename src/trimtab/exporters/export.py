@@ -253,9 +253,8 @@ def _head(model: Model, token: SoftToken) -> tuple[Tensor, Tensor]:
     prompts = [token.render(model, turns) for record in records if (turns := in_place(model, token, record.chat))]
     if not prompts:
         raise unsafe(model, token, "no conversation has a place for it")
-    fitted, held = prompts[: len(prompts) * 2 // 3], prompts[len(prompts) * 2 // 3 :]
-    row = unsaid(states(model, token, fitted))
-    return states(model, token, held), row.expand(len(token.vectors), -1)
+    heard, fitted = states(model, token, prompts), len(prompts) * 2 // 3
+    return torch.cat(heard[fitted:]), unsaid(torch.cat(heard[:fitted])).expand(len(token.vectors), -1)
 
 
 def _require_free(target: Path, force: bool, keep: Sequence[Path]) -> None:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from trimtab.chat import render
+from trimtab.decoding.engine import banned_ids, forward
 from trimtab.decoding.generate import generate
+from trimtab.decoding.past import Past
 from trimtab.errors import ConfigError, ExportError
 from trimtab.exporters import gguf
 from trimtab.exporters.plan import Plan, folder_of
 from trimtab.exporters.template import Turns, in_place
-from trimtab.models import Model, load
+from trimtab.models import Model, load, slot
 from trimtab.softtoken.artifact import NO_EFFECT, SoftToken, next_logits
 
 # Largest difference of two logits that is rounding, by the dtype that both are computed in.
@@ -68,7 +70,10 @@ def _compare(model: Model, token: SoftToken, folder: Path, exported: Model, dtyp
     for turns, ids in zip(probes, prompts, strict=True):
         if ids != token.render(model, turns).ids:
             raise ExportError(f"{folder}: its chat template gives other ids than in training for {turns}.")
-        hooked, stored = next_logits(model, ids, rounded.vectors), next_logits(exported, ids, None)
+    replies = _replies(exported, prompts)
+    with_token, greedy = _follow(model, prompts, replies, rounded.vectors)
+    for turns, ids, hooked in zip(probes, prompts, with_token, strict=True):
+        stored = next_logits(exported, ids, None)
         exact = hooked if rounded.vectors.equal(token.vectors) else next_logits(model, ids, token.vectors)
         plain = next_logits(model, render(model, turns, template_args=token.template_args).ids, None)
         common = [i for i in range(len(plain)) if i not in slots]
@@ -84,12 +89,10 @@ def _compare(model: Model, token: SoftToken, folder: Path, exported: Model, dtyp
         raise ExportError(f"{folder}: the token changes nothing there (KL {effect:.1e} nats).")
     if exported.network.generation_config.eos_token_id != model.network.generation_config.eos_token_id:
         raise ExportError(f"{folder}: its replies would end otherwise than the model's (eos_token_id).")
-    expected = generate(model, probes, token=rounded, max_new_tokens=REPLY_TOKENS)
-    together = _replies(exported, prompts)
     # Where a batch computes otherwise than a row alone, the row alone decides.
     same = sum(
-        reply.ids in (said, *(_replies(exported, [ids]) if said != reply.ids else ()))
-        for ids, said, reply in zip(prompts, together, expected, strict=True)
+        found or _follow(model, [ids], _replies(exported, [ids]), rounded.vectors)[1][0]
+        for ids, found in zip(prompts, greedy, strict=True)
     )
     # Where a dtype rounds more coarsely, near ties fall this way or that by who shares a batch.
     if same < len(probes) and model.dtype == torch.float32:
@@ -272,3 +275,24 @@ def _replies(exported: Model, prompts: Sequence[tuple[int, ...]]) -> list[tuple[
         pad_token_id=end,
     )[:, width:].tolist()
     return [tuple(itertools.takewhile(lambda i: i not in exported.eos_ids, reply)) for reply in said]
+
+
+@torch.inference_mode()
+def _follow(
+    model: Model, prompts: Sequence[tuple[int, ...]], replies: Sequence[tuple[int, ...]], vectors: Tensor
+) -> tuple[Tensor, list[bool]]:
+    """Logits `[n, V]` after the prompts, with `vectors` in the slot, and whether each reply is the greedy one there, its end included.
+
+    The replies are read, not generated anew: where each of its tokens is the likeliest behind those before, a reply is the greedy one.
+    """
+    longest = 1 + max(len(reply) for reply in replies)
+    with slot(model, vectors.to(model.device)):
+        read = [(*ids, *reply) for ids, reply in zip(prompts, replies, strict=True)]
+        logits = forward(model, read, Past.empty(len(read), model.device), longest)
+    first = torch.stack([logits[i, -1 - len(reply)] for i, reply in enumerate(replies)])
+    logits[..., banned_ids(model, vectors)] = -torch.inf
+    likeliest = [row[-1 - len(reply) :] for row, reply in zip(logits.argmax(-1).tolist(), replies, strict=True)]
+    return first, [
+        tuple(best[:-1]) == reply and (len(reply) == REPLY_TOKENS or best[-1] in model.eos_ids)
+        for best, reply in zip(likeliest, replies, strict=True)
+    ]
