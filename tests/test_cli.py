@@ -588,7 +588,7 @@ def test_export_writes_a_checkpoint_and_a_dry_run_writes_nothing(
     code, said, errors = run(monkeypatch, capsys, "export", token_run, "-o", out, "--dry-run")
     assert (code, out.exists()) == (0, False), errors
     assert "model.safetensors" in said
-    assert "a row behind the last one: the table grows" in said
+    assert "behind the tokenizer's last word: the table grows" in said
     code, said, errors = run(monkeypatch, capsys, "export", token_run, "-o", out, "--json")
     assert code == 0, errors
     result = json.loads(said.splitlines()[-1])

@@ -24,7 +24,7 @@ from trimtab.exporters.export import export
 from trimtab.exporters.head import unsaid
 from trimtab.exporters.plan import plan
 from trimtab.models import Model, load
-from trimtab.softtoken.artifact import SoftToken
+from trimtab.softtoken.artifact import SoftToken, next_logits
 
 ROWS: dict[str, dict[str, Any]] = {
     "appended": {},
@@ -339,3 +339,31 @@ def test_the_plan_names_every_file_and_its_bytes(model: Model, token: SoftToken,
     assert {name for name, _, _ in found.files} == set(written)
     weights = next(size for name, _, size in found.files if name == "model.safetensors")
     assert abs(weights - written["model.safetensors"]) < 200  # the header's numbers may be longer
+
+
+def test_a_reply_is_known_as_the_greedy_one_by_reading_it(model: Model, token: SoftToken) -> None:
+    from trimtab.decoding.generate import generate
+    from trimtab.exporters.verify import REPLY_TOKENS, _follow
+
+    chats = ["Hello!", "the cinema", "What is in the inn?"]
+    prompts = [token.render(model, chat).ids for chat in chats]
+    replies = [reply.ids for reply in generate(model, chats, token=token, max_new_tokens=REPLY_TOKENS)]
+    logits, greedy = _follow(model, prompts, replies, token.vectors)
+    assert greedy == [True, True, True]
+    for ids, found in zip(prompts, logits, strict=True):
+        torch.testing.assert_close(found, next_logits(model, ids, token.vectors), atol=1e-4, rtol=1e-4)
+    other = [(*replies[0][:2], replies[0][2] + 1, *replies[0][3:]), replies[1][:-1], ()]
+    assert _follow(model, prompts, other, token.vectors)[1] == [False, False, False]
+
+
+def test_states_are_what_the_head_reads_along_each_reply(model: Model, token: SoftToken) -> None:
+    from trimtab.decoding.generate import generate
+    from trimtab.exporters.head import REPLY_TOKENS, states
+
+    chats = ["Hello!", "the cinema is in the inn", "in"]
+    found = states(model, token, [token.render(model, chat) for chat in chats])
+    head = model.network.get_output_embeddings()
+    for heard, reply in zip(found, generate(model, chats, token=token, max_new_tokens=REPLY_TOKENS), strict=True):
+        said = head(heard).argmax(-1).tolist()
+        assert tuple(said[: len(reply.ids)]) == reply.ids
+        assert len(said) == len(reply.ids) + (reply.stop == "eos")

@@ -98,6 +98,27 @@ def test_a_row_that_is_there_already_is_set_and_an_own_head_stays(tmp_path: Path
     assert after["llama.vocab_size"] == WORDS
 
 
+def test_two_vectors_and_one_spare_row(tmp_path: Path) -> None:
+    source, target = made(tmp_path / "a.gguf", Kind.F32), tmp_path / "b.gguf"
+    last = WORDS - 1
+    gguf.patch(
+        source,
+        target,
+        {last: ROW, WORDS: ROW * 2},
+        ["<|t|>", "<|u|>"],
+        template="new",
+        silent={WORDS: -ROW},
+        untie=True,
+    )
+    assert torch.equal(gguf.rows(gguf.tensors(target), [last, WORDS]), torch.stack([ROW, ROW * 2]))
+    head = table(target, gguf.HEAD)
+    assert np.array_equal(head[:WORDS], table(source, gguf.EMBEDDING))
+    assert np.array_equal(head[WORDS], -ROW.numpy())
+    after = contents(target)
+    assert after["tokenizer.ggml.tokens"][last:] == ["<|t|>", "<|u|>"]
+    assert after[gguf.SUPPRESS] == [last, WORDS]
+
+
 def test_an_own_head_grows_by_a_silent_row(tmp_path: Path) -> None:
     source, target = made(tmp_path / "a.gguf", Kind.F16, head=Kind.Q8_0), tmp_path / "b.gguf"
     gguf.patch(source, target, {WORDS: ROW}, ["<|t|>"], template="new", silent={WORDS: -ROW}, untie=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from conftest import FAMILIES, build, naive_logits, vectors_for
 from trimtab import models
@@ -187,6 +188,11 @@ def test_embedding_scale(family: str, scale: float) -> None:
     assert build(family).embedding_scale == pytest.approx(scale)
 
 
+def test_a_model_with_an_encoder_for_text_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"type t5 is no language model as is needed here\.\n.*a decoder alone"):
+        models.reader_of(AutoConfig.for_model("t5"))
+
+
 # Slot ids
 
 
@@ -207,11 +213,11 @@ def test_slot_ids_take_free_rows_in_order(
     tiny: Callable[..., Model], padding: int, reserved: int, n_tokens: int, kind: str
 ) -> None:
     model = tiny("llama", "chatml", padding=padding, reserved=reserved)
-    words, rows = len(model.tokenizer), len(model.embedding.weight)
+    words = len(model.tokenizer)
     first = {
         "padding": words,
         "reserved": model.tokenizer.convert_tokens_to_ids("<|reserved_special_token_0|>") if reserved else None,
-        "appended": rows,
+        "appended": words,  # too few padding rows come first
     }[kind]
     assert model.slot_ids(n_tokens) == list(range(first, first + n_tokens))
 

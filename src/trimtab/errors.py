@@ -5,6 +5,7 @@
     │   ├── ConfigError              a setting is unknown or out of range
     │   ├── PathError                a path that was given leads nowhere
     │   ├── ModelError               the model cannot be found or loaded
+    │   │   └── RoomError            memory cannot hold it
     │   └── DataError                a prompt file or data set cannot be read
     ├── ChatError           exit 1   a conversation cannot be rendered for this model
     ├── ArtefactError       exit 1   a token is damaged or belongs to another model
@@ -53,6 +54,10 @@ class PathError(UsageError):
 
 class ModelError(UsageError):
     """The model cannot be found or loaded."""
+
+
+class RoomError(ModelError):
+    """Memory cannot hold the model."""
 
 
 class DataError(UsageError):

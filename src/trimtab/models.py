@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import ModelError, nearest
+from trimtab.errors import ModelError, RoomError, nearest
 from trimtab.run import console
 
 Dtype = torch.dtype
@@ -93,16 +93,9 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the architecture and of a sample of every weight: the same for the same weights, whatever
-        the dtype they are held in, since values are rounded to bfloat16 before hashing."""
-        config = self.network.config.get_text_config()
-        shape = {k: getattr(config, k, None) for k in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
-        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-        for key, parameter in sorted(self.network.named_parameters()):
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
-            digest.update(key.encode() + sample.view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """See `fingerprint_of`."""
+        flat = ((name, parameter.detach().reshape(-1)) for name, parameter in self.network.named_parameters())
+        return fingerprint_of(self.network.config, {name: all_of[sampled(all_of.numel())] for name, all_of in flat})
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -117,7 +110,8 @@ class Model:
         """`n_tokens` ids that stand in prompts for the soft tokens, free of any other use.
 
         In order of preference: unused padding rows of the vocabulary, special tokens reserved for users, rows that
-        would be appended. An appended id is only a name: the embedding layer never looks it up.
+        would be appended; behind the last word, since a tokenizer leaves no gaps, so padding rows too few for all come
+        first. An appended id is only a name: the embedding layer never looks it up.
         """
         vocab_size = len(self.table)
         unused, reserved = self._free_ids
@@ -125,8 +119,7 @@ class Model:
             return list(range(unused, unused + n_tokens))
         if len(reserved) >= n_tokens:
             return reserved[:n_tokens]
-        first = max(vocab_size, unused)
-        return list(range(first, first + n_tokens))
+        return list(range(unused, unused + n_tokens))
 
     @cached_property
     def _free_ids(self) -> tuple[int, list[int]]:
@@ -194,10 +187,31 @@ def load(
 
 def load_at(name: str, *, dtype: str | None = None, device: str | None = None) -> Model:
     """As `load`, of a name that may end in its revision: `owner/name@commit`."""
+    place, revision = place_of(name)
+    return load(place, dtype=dtype, device=device, revision=revision)
+
+
+def place_of(name: str) -> tuple[str, str | None]:
+    """A name and the revision that it may end in."""
     place, _, revision = name.rpartition("@")
-    if not place or Path(name).expanduser().exists():
-        place, revision = name, ""
-    return load(place, dtype=dtype, device=device, revision=revision or None)
+    return (name, None) if not place or Path(name).expanduser().exists() else (place, revision)
+
+
+def sampled(n: int) -> slice:
+    """Which of a weight's `n` numbers, laid out flat, the fingerprint looks at: 64, or all where there are fewer."""
+    step = max(1, n // 64)
+    return slice(0, 64 * step, step)
+
+
+def fingerprint_of(config: Any, samples: Mapping[str, Tensor]) -> str:
+    """16 hex digits of the architecture and of a sample of every weight: the same for the same weights, whatever the dtype they are held in, since
+    values are rounded to bfloat16 before hashing. `samples` are those of `sampled`, by the names of the network's parameters."""
+    text = config.get_text_config()
+    shape = {k: getattr(text, k, None) for k in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    for name, sample in sorted(samples.items()):
+        digest.update(name.encode() + sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def choose_device(device: str | None, dtype: str | None) -> tuple[str, Dtype, str]:
@@ -248,7 +262,7 @@ def resolve(name: str, revision: str | None) -> tuple[Path | str, dict[str, str]
 
 def _read(source: Path | str, origin: dict[str, str], dtype: Dtype, device: str) -> tuple[Any, Any]:
     """Read network and tokenizer with transformers; no remote code."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     if origin["kind"] == "hub":
@@ -263,9 +277,10 @@ def _read(source: Path | str, origin: dict[str, str], dtype: Dtype, device: str)
         options["revision"] = origin["revision"]
     try:
         config = AutoConfig.from_pretrained(str(source), **options)
-        _check_room(config, dtype, device)
+        if not getattr(config, "quantization_config", None):  # which makes it smaller than its shapes
+            require_room(size_of(empty(config, dtype)), dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
-        network, found = AutoModelForCausalLM.from_pretrained(
+        network, found = reader_of(config).from_pretrained(
             str(source), dtype=dtype, output_loading_info=True, **options
         )
     except ModelError:
@@ -288,28 +303,46 @@ def _read(source: Path | str, origin: dict[str, str], dtype: Dtype, device: str)
     return network, tokenizer
 
 
-def _check_room(config: Any, dtype: Dtype, device: str) -> None:
+def reader_of(config: Any) -> Any:
+    """The class of transformers that reads such a model: a language model's, or that of one which also sees, whose text part is used here.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    import transformers as hf
+
+    if type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return hf.AutoModelForCausalLM
+    if type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config.get_text_config() is not config:
+        return hf.AutoModelForImageTextToText
+    raise ModelError(
+        f"a model of type {config.model_type} is no language model as is needed here.",
+        "Give a decoder alone (Llama, Qwen, Gemma, ...), or one that also sees (LLaVA, Qwen-VL, Gemma 3, ...); none with an encoder for text.",
+    )
+
+
+def empty(config: Any, dtype: Dtype) -> Any:
+    """The network's shapes alone, on the meta device."""
+    with torch.device("meta"):
+        return reader_of(config).from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def size_of(network: Any) -> int:
+    """Bytes of its weights."""
+    return sum(parameter.numel() * parameter.itemsize for parameter in network.parameters())
+
+
+def require_room(needed: int, dtype: Dtype, device: str, mend: str = "") -> None:
     """Refuse weights that memory cannot hold before they are fetched or read; the system would end the process without a word.
 
     Raises:
-        ModelError: too large.
+        RoomError: too large.
     """
-    from transformers import AutoModelForCausalLM
-
-    if getattr(config, "quantization_config", None):
-        return  # smaller than its shapes
-    with torch.device("meta"):  # shapes alone
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    needed = sum(p.numel() for p in empty.parameters()) * dtype.itemsize
-    _require_room(needed, str(dtype).removeprefix("torch."), device)
-
-
-def _require_room(needed: int, dtype: str, device: str) -> None:
     if (free := free_memory(device)) and needed > free:
-        half = "Try --dtype bfloat16, a smaller model," if dtype == "float32" else "Try a smaller model,"
-        raise ModelError(
-            f"this model is too large: its weights take {needed / 1e9:.1f} GB as {dtype}, and {free / 1e9:.1f} GB are free on {device}.",
-            f"{half} or (to evaluate or judge) serve it elsewhere and give URL#MODEL.",
+        half = "Try --dtype bfloat16, a smaller model," if dtype == torch.float32 else "Try a smaller model,"
+        raise RoomError(
+            f"this model is too large: its weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB are free on {device}.",
+            mend or f"{half} or (to evaluate or judge) serve it elsewhere and give URL#MODEL.",
         )
 
 
@@ -342,7 +375,7 @@ def dequantised(path: Path, origin: dict[str, str]) -> Path:
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    _require_room(LEAST_UNPACKED * path.stat().st_size, "float32", "cpu")
+    require_room(LEAST_UNPACKED * path.stat().st_size, torch.float32, "cpu")
     console.print(f"unpacking {path.name}, once; half a minute", markup=False)
     where: dict[str, Any] = {
         "pretrained_model_name_or_path": str(path.parent),

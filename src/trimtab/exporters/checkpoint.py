@@ -7,6 +7,7 @@ changes; every other tensor's bytes are copied as they are.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -34,6 +35,10 @@ class Stored:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,16 @@ def rewrite(
             out.seek(0, os.SEEK_END)
         out.flush()
         os.fsync(out.fileno())
+
+
+def pick(stored: Stored, places: slice) -> Tensor:
+    """Some numbers `[n]` of a tensor of a type in `STORED`, laid out flat; the others are not read."""
+    width = STORED[stored.dtype].itemsize
+    with stored.file.open("rb") as file:
+        read = [
+            os.pread(file.fileno(), width, stored.begin + i * width) for i in range(*places.indices(stored.numbers))
+        ]
+    return torch.frombuffer(bytearray(b"".join(read)), dtype=STORED[stored.dtype])
 
 
 def row_bytes(stored: Stored) -> int:

@@ -16,18 +16,19 @@ from torch import Tensor
 
 from trimtab.adapter import is_adapter
 from trimtab.config import ExportSettings
-from trimtab.errors import ConfigError, ExportError, RunError
+from trimtab.errors import ConfigError, ExportError, RoomError, RunError
 from trimtab.exporters import gguf
 from trimtab.exporters.card import write_card
 from trimtab.exporters.checkpoint import STORED
 from trimtab.exporters.head import loudest, states, unsaid
 from trimtab.exporters.huggingface import write_settings, write_template, write_tokenizer, write_weights
 from trimtab.exporters.ollama import modelfile
+from trimtab.exporters.outline import is_outline, outline
 from trimtab.exporters.peft import write_prompt, write_rows
 from trimtab.exporters.plan import MODELFILE, RECORD, Format, Plan, folder_of, gguf_file, plan, show
 from trimtab.exporters.template import Proof, in_place, unsafe, with_slot
 from trimtab.exporters.verify import in_words, verify, verify_adapter, verify_rows, verify_tokens
-from trimtab.models import Model, describe_machine, load_at
+from trimtab.models import Model, describe_machine, load_at, require_room, size_of
 from trimtab.prompts.sources import load_prompts
 from trimtab.run import Cost, alone, console, create, progress, tell, write_json
 from trimtab.softtoken.artifact import SoftToken
@@ -38,7 +39,11 @@ PEFT_FORMS = {
     "prompt tuning": "the token stands before everything else, the one place that form knows",
     "trainable tokens": "a row of the vocabulary, which the chat template in the folder says in its place; any place but the start",
 }
-HEARD = 60  # prompts along whose replies the slot's own probability is measured; a third of them are not fitted to
+UNLOADED = (
+    "So it is not loaded: its fingerprint was checked on the files, and nothing can be measured or verified. Unless told otherwise a tied head is written out by "
+    "itself; a new output row is zero, which in SmolLM2 made the slot 2.7 % likely at worst, at temperature 1."
+)
+HEARD = 24  # prompts along whose replies the slot's own probability is measured; a third of them are not fitted to
 
 
 def export(
@@ -59,18 +64,22 @@ def export(
         format: `hf`, a Hugging Face checkpoint; `gguf`, the model's own GGUF file with a row more; `peft`, an adapter: prompt tuning for tokens at the start, trainable tokens elsewhere.
         untie: write out a tied head as a table of its own. If not given, where the slot would otherwise be said: measured.
         force: replace an earlier export in `out`.
-        check: verify the result (`verify.py`); needs room for a second model.
+        check: verify the result (`verify.py`); needs room for a second model, and not an outline (`outline.py`).
         run: folder of the align run, for its figures in the card.
 
     Returns:
         the plan, how the template was proved, how loud the slot is as an output, and what `verify` found; also in `trimtab.json` there.
 
     Raises:
-        ArtefactError: the token belongs to another model. ExportError: it cannot be exported, or what was written is not the same computation. RunError: no room.
+        ArtefactError: the token belongs to another model. ExportError: it cannot be exported, or what was written is not the same computation. RoomError: memory does not hold
+            the model twice. RunError: no room on the disk.
     """
     cost, target = Cost(), Path(out).resolve()
     _require_free(target, force, [path for path in (run, folder_of(model) if format != "peft" else None) if path])
     token.check(model)
+    if check and format != "gguf":
+        mend = "Verifying reads the export beside the model; --no-verify leaves it out."
+        require_room(size_of(model.network), model.dtype, str(model.device), mend)
     if format == "peft" and token.position == "start":
         with _beside(target, 2 * token.vectors.numel() * 4, force) as scratch:
             write_prompt(scratch, model, token)
@@ -83,16 +92,17 @@ def export(
             write_card(scratch, target.name, model, token, result, run)
             write_json(scratch / RECORD, result)
         return result
-    heard, silent = _head(model, token)
-    tied = loudest(model, heard, token.vectors)
-    found = plan(model, token, format=format, untie=(tied > SAID if untie is None else untie) and format != "peft")
+    # Where nothing can be computed, a tied head is written out, and a new row of it is zero.
+    unheard = torch.zeros(0, model.hidden_size), torch.zeros_like(token.vectors)
+    heard, silent = unheard if is_outline(model) else _head(model, token)
+    tied = loudest(model, heard, token.vectors) if len(heard) else None
+    loud = tied is None or tied > SAID
+    found = plan(model, token, format=format, untie=(loud if untie is None else untie) and format != "peft")
     if format == "gguf" and not gguf.holds_silence(gguf_file(model)):
         silent = torch.zeros_like(silent)
-    # Rows that the model's own head has already stay as they are there.
-    grown = (
-        found.appended and format != "peft"
-    )  # where PEFT loads, transformers makes the output row, and it is suppressed
-    own = loudest(model, heard, silent) if grown and (found.untie or not found.tied) else None
+    # Rows that the model's own head has already stay as they are there; where PEFT loads, transformers makes the row, and it is suppressed.
+    grown = found.appended and format != "peft" and (found.untie or not found.tied)
+    own = loudest(model, heard, silent) if grown and len(heard) else None
     if own is not None and own > SAID:
         console.print(f"the slot may be generated: its own output row reaches a probability of {own:.2g}")
     write = {"hf": _checkpoint, "gguf": _gguf, "peft": _adapter}[format]
@@ -137,7 +147,7 @@ def _gguf(
         template, proof = with_slot(model, token, write_tokenizer(found, model, Path(folder)), found.names)
     target = scratch / found.files[0][0]
     vectors = dict(zip(found.ids, token.vectors, strict=True))
-    quiet = dict(zip(found.ids, silent, strict=True)) if found.appended else None
+    quiet = found.behind(silent)
     with progress("writing tensors", found.size // 1000) as advance:
         kind = gguf.patch(
             source,
@@ -172,18 +182,13 @@ def export_run(settings: ExportSettings, people: Console) -> dict[str, Any]:
         raise ConfigError(
             "--untie is about a head, which an adapter does not hold.", "Leave it out, or use --format hf."
         )
-    if is_adapter(settings.run):
-        if settings.model is None:
-            raise ExportError(
-                f"{settings.run} is a PEFT adapter, which does not know its model.", "Say which: --model."
-            )
-        model = load_at(settings.model)
-    else:
-        identity = SoftToken.load(settings.run).identity()
-        origin = identity.origin
-        home = f"{origin['id']}@{origin['revision']}" if "id" in origin else origin.get("path", identity.model)
-        model = load_at(settings.model or home, dtype=identity.dtype)
-    token = SoftToken.load(settings.run, model)
+    model, why = _model(settings)
+    # That the token is heard is part of verifying.
+    checked = settings.verify and not settings.dry_run and not is_adapter(settings.run)
+    token = SoftToken.load(settings.run, None if why or checked else model)
+    token.check(model)
+    if why:
+        tell(people, f"{why} {UNLOADED}")
     if settings.format == "peft":
         form = "prompt tuning" if token.position == "start" else "trainable tokens"
         tell(people, f"{form}: {PEFT_FORMS[form]} (trained at {token.position})")
@@ -205,13 +210,40 @@ def export_run(settings: ExportSettings, people: Console) -> dict[str, Any]:
         format=settings.format,
         untie=settings.untie,
         force=settings.force,
-        check=settings.verify,
+        check=settings.verify and not why,
         run=settings.run,
     )
+    if words := (result.get("plan") or {}).get("unpacked"):
+        tell(people, words)
     if result["verified"]:
         tell(people, "verified: " + in_words(result["verified"]))
     tell(people, f"Exported: {settings.out} (its README.md says how to serve it)")
     return result
+
+
+def _model(settings: ExportSettings) -> tuple[Model, str]:
+    """The model of a run's token; where memory cannot hold it, its outline, and why.
+
+    Raises:
+        RoomError: memory cannot hold it, and the export is to be verified.
+    """
+    if is_adapter(settings.run):
+        if settings.model is None:
+            raise ExportError(
+                f"{settings.run} is a PEFT adapter, which does not know its model.", "Say which: --model."
+            )
+        return load_at(settings.model), ""
+    identity = SoftToken.load(settings.run).identity()
+    origin = identity.origin
+    home = f"{origin['id']}@{origin['revision']}" if "id" in origin else origin.get("path", identity.model)
+    try:
+        return load_at(settings.model or home, dtype=identity.dtype), ""
+    except RoomError as error:
+        why = str(error.args[0])
+        if (settings.verify and not settings.dry_run) or settings.format == "peft":
+            mend = "--no-verify exports a safetensors checkpoint (--format hf) without loading it."
+            raise RoomError(why, mend) from None
+        return outline(settings.model or home, identity.dtype), why
 
 
 def _head(model: Model, token: SoftToken) -> tuple[Tensor, Tensor]:
@@ -221,9 +253,8 @@ def _head(model: Model, token: SoftToken) -> tuple[Tensor, Tensor]:
     prompts = [token.render(model, turns) for record in records if (turns := in_place(model, token, record.chat))]
     if not prompts:
         raise unsafe(model, token, "no conversation has a place for it")
-    fitted, held = prompts[: len(prompts) * 2 // 3], prompts[len(prompts) * 2 // 3 :]
-    row = unsaid(states(model, token, fitted))
-    return states(model, token, held), row.expand(len(token.vectors), -1)
+    heard, fitted = states(model, token, prompts), len(prompts) * 2 // 3
+    return torch.cat(heard[fitted:]), unsaid(torch.cat(heard[:fitted])).expand(len(token.vectors), -1)
 
 
 def _require_free(target: Path, force: bool, keep: Sequence[Path]) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trimtab.chat import Prompt
-from trimtab.decoding.engine import Row, by_length, decode, read
+from trimtab.decoding.engine import Row, by_length, decode, plain, read
+from trimtab.decoding.sampling import Sampling
 from trimtab.models import Model, slot
 from trimtab.softtoken.artifact import SoftToken
 
@@ -22,12 +23,19 @@ REPLY_TOKENS = 16
 
 
 @torch.inference_mode()
-def states(model: Model, token: SoftToken, prompts: Sequence[Prompt]) -> Tensor:
-    """What the head reads `[n, hidden]`, float32, at the last places of `prompts` and along the greedy replies to them, with the token in place."""
-    seen: list[Tensor] = []
+def states(model: Model, token: SoftToken, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """For each prompt, what the head reads `[n, hidden]`, float32, at its last place and along the greedy reply to it, with the token in place."""
+    seen: list[list[Tensor]] = [[] for _ in prompts]
+    latest: list[Tensor] = []
+    greedy = plain(Sampling())
 
     def keep(_module: object, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].reshape(-1, args[0].shape[-1]).float().cpu())
+        latest[:] = [args[0][:, -1].float().cpu()]
+
+    def rule(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        for row, state in zip(rows, latest[0], strict=True):
+            seen[row.index].append(state)
+        return greedy(logits, rows)
 
     handle = model.network.get_output_embeddings().register_forward_pre_hook(keep)
     try:
@@ -35,11 +43,10 @@ def states(model: Model, token: SoftToken, prompts: Sequence[Prompt]) -> Tensor:
         with slot(model, vectors):
             for chunk in by_length([len(prompt.ids) for prompt in prompts], 32):
                 past, tails = read(model, [prompts[i].ids for i in chunk])
-                rows = [Row(i, REPLY_TOKENS) for i in chunk]
-                decode(model, tails, past, rows, vectors=vectors)
+                decode(model, tails, past, [Row(i, REPLY_TOKENS) for i in chunk], rule, vectors=vectors)
     finally:
         handle.remove()
-    return torch.cat(seen)
+    return [torch.stack(each) for each in seen]
 
 
 def unsaid(heard: Tensor) -> Tensor:

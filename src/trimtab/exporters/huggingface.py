@@ -20,7 +20,7 @@ def write_weights(found: Plan, token: SoftToken, scratch: Path, silent: Tensor) 
     """The weights, shard by shard; the index last."""
     total = found.rows[1]
     vectors = dict(zip(found.ids, token.vectors, strict=True))
-    quiet = dict(zip(found.ids, silent, strict=True)) if found.appended else {}
+    quiet = found.behind(silent)
     changed = {found.embedding: Rows(vectors, total)}
     added: dict[str, Rows] = {}
     own_head = Rows(quiet, total, found.tensors[found.embedding])

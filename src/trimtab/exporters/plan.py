@@ -15,7 +15,7 @@ from trimtab.adapter import CONFIG, WEIGHTS
 from trimtab.errors import ExportError, ModelError
 from trimtab.exporters import gguf
 from trimtab.exporters.checkpoint import INDEX, STORED, Stored, row_bytes, shards, tensors
-from trimtab.models import Model, cache_dir, resolve, unpacked
+from trimtab.models import Model, resolve, unpacked
 from trimtab.run import tell
 from trimtab.softtoken.artifact import SoftToken
 
@@ -29,7 +29,7 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".g
 ROW_MEANING = {
     "unused": "a row of the table that the tokenizer does not use: no shape changes",
     "reserved": "a special token that the model's makers reserved for its users: no shape changes",
-    "appended": "a row behind the last one: the table grows",
+    "appended": "behind the tokenizer's last word: the table grows",
 }
 
 
@@ -42,7 +42,7 @@ class Plan:
         rows: of the table, before and after. embedding: its name in the checkpoint. head: the output table's name there; none where it is tied and not stored.
         family: the model's type, as its config has it. tied: whether the model's head is its embedding table. untie: whether the head is written out as a table of its own.
         table_bytes: of the embedding table, as the export stores it.
-        tensors: everything in the checkpoint. files: name, what becomes of it, bytes afterwards.
+        tensors: everything in the checkpoint. files: name, what becomes of it, bytes afterwards. unpacked: where it was read from a GGUF file, what that means, in words.
     """
 
     format: Format
@@ -59,10 +59,15 @@ class Plan:
     table_bytes: int
     tensors: dict[str, Stored]
     files: tuple[tuple[str, str, int], ...]
+    unpacked: str = ""
 
     @property
     def appended(self) -> bool:
         return self.row == "appended"
+
+    def behind(self, rows: Tensor) -> dict[int, Tensor]:
+        """Of `rows`, one for each of the slot's, by id: those that the tables do not have yet."""
+        return {i: row for i, row in zip(self.ids, rows, strict=True) if i >= self.rows[0]}
 
     @property
     def head_stored(self) -> bool:
@@ -82,6 +87,7 @@ class Plan:
             **described,
             "files": files,
             "bytes": self.size,
+            "unpacked": self.unpacked,
             "engines": engines(self),
         }
 
@@ -99,7 +105,7 @@ def plan(model: Model, token: SoftToken, *, untie: bool, format: Format = "hf") 
     before = len(model.table)
     known = {i: name for name, i in model.tokenizer.get_vocab().items()}
     row: Literal["unused", "reserved", "appended"] = (
-        "appended" if ids[0] >= before else "reserved" if ids[0] in known else "unused"
+        "appended" if ids[-1] >= before else "reserved" if ids[0] in known else "unused"
     )
     names = tuple(known[i] if row == "reserved" else f"<|trimtab_{n}|>" for n, i in enumerate(ids))
     if row != "reserved" and (taken := [name for name in names if name in known.values()]):
@@ -152,6 +158,7 @@ def plan(model: Model, token: SoftToken, *, untie: bool, format: Format = "hf") 
         table,
         found,
         files,
+        _unpacked(model, sum(size for _, _, size in files)) if format == "hf" else "",
     )
 
 
@@ -240,17 +247,28 @@ def show(found: Plan, people: Console, *, measured: bool) -> None:
     people.print(table)
     tell(people, f"row {found.ids[0]}, {found.names[0]}: {ROW_MEANING[found.row]}")
     if found.tied:
-        written = "written out by itself" + (
-            "" if measured else ", if the slot would be said otherwise: measured when exporting"
-        )
+        written = f"written out by itself, {found.table_bytes / 1e6:.1f} MB more"
+        if not measured:
+            written = (
+                f"this plan takes for granted that it is {written}: whether it must be is measured when exporting. "
+                "--untie or --keep-tied decides now"
+            )
         tell(people, f"the head is the embedding table; {written if found.untie else 'it stays so'}")
-    if found.source.parent == cache_dir() / "gguf" and found.format == "hf":
-        tell(
-            people,
-            "the model was read from a GGUF file: this is its unpacked float32 copy; --format gguf keeps it as small as it is",
-        )
+    if found.unpacked:
+        tell(people, found.unpacked)
     for engine, words in engines(found).items():
         tell(people, f"{engine}: {words}")
+
+
+def _unpacked(model: Model, size: int) -> str:
+    """What becomes of a GGUF file in a Hugging Face checkpoint, in words; none where the model is no such file."""
+    if model.origin.get("kind") != "gguf":
+        return ""
+    before = gguf_file(model).stat().st_size
+    return (
+        f"the model was read from a GGUF file of {before / 1e6:.1f} MB: this is its unpacked float32 copy, {size / 1e6:.1f} MB; "
+        "--format gguf keeps it as small as it is"
+    )
 
 
 def _head_of(model: Model) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,18 +13,20 @@ import torch
 from torch import Tensor
 
 from trimtab.chat import render
+from trimtab.decoding.engine import banned_ids, forward
 from trimtab.decoding.generate import generate
+from trimtab.decoding.past import Past
 from trimtab.errors import ConfigError, ExportError
 from trimtab.exporters import gguf
 from trimtab.exporters.plan import Plan, folder_of
 from trimtab.exporters.template import Turns, in_place
-from trimtab.models import Model, load
+from trimtab.models import Model, load, slot
 from trimtab.softtoken.artifact import NO_EFFECT, SoftToken, next_logits
 
 # Largest difference of two logits that is rounding, by the dtype that both are computed in.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
 ROW_ERROR = 0.02  # relative; Q8_0 is off by half a percent
-REPLY_TOKENS = 24
+REPLY_TOKENS = 16
 PROBES: tuple[list[dict[str, str]], ...] = tuple(
     [{"role": role, "content": words} for role, words in turns]
     for turns in (
@@ -62,14 +65,16 @@ def _compare(model: Model, token: SoftToken, folder: Path, exported: Model, dtyp
     rounded = replace(token, vectors=token.vectors.to(dtype).float())
     worst = effect = rounding = 0.0
     probes = _probes(model, token)
+    prompts = [_ids(exported, turns, token) for turns in probes]
     slots = set(model.slot_ids(len(token.vectors)))
-    for turns in probes:
-        prompt = token.render(model, turns)
-        ids = _ids(exported, turns, token)
-        if ids != prompt.ids:
+    for turns, ids in zip(probes, prompts, strict=True):
+        if ids != token.render(model, turns).ids:
             raise ExportError(f"{folder}: its chat template gives other ids than in training for {turns}.")
-        hooked, stored = next_logits(model, prompt.ids, rounded.vectors), next_logits(exported, ids, None)
-        exact = next_logits(model, prompt.ids, token.vectors)
+    replies = _replies(exported, prompts)
+    with_token, greedy = _follow(model, prompts, replies, rounded.vectors)
+    for turns, ids, hooked in zip(probes, prompts, with_token, strict=True):
+        stored = next_logits(exported, ids, None)
+        exact = hooked if rounded.vectors.equal(token.vectors) else next_logits(model, ids, token.vectors)
         plain = next_logits(model, render(model, turns, template_args=token.template_args).ids, None)
         common = [i for i in range(len(plain)) if i not in slots]
         hooked, stored, exact, plain = (each[common] for each in (hooked, stored, exact, plain))
@@ -84,9 +89,10 @@ def _compare(model: Model, token: SoftToken, folder: Path, exported: Model, dtyp
         raise ExportError(f"{folder}: the token changes nothing there (KL {effect:.1e} nats).")
     if exported.network.generation_config.eos_token_id != model.network.generation_config.eos_token_id:
         raise ExportError(f"{folder}: its replies would end otherwise than the model's (eos_token_id).")
-    expected = generate(model, probes, token=rounded, max_new_tokens=REPLY_TOKENS)
+    # Where a batch computes otherwise than a row alone, the row alone decides.
     same = sum(
-        tuple(_reply(exported, turns, token)) == reply.ids for turns, reply in zip(probes, expected, strict=True)
+        found or _follow(model, [ids], _replies(exported, [ids]), rounded.vectors)[1][0]
+        for ids, found in zip(prompts, greedy, strict=True)
     )
     # Where a dtype rounds more coarsely, near ties fall this way or that by who shares a batch.
     if same < len(probes) and model.dtype == torch.float32:
@@ -252,19 +258,41 @@ def _ids(exported: Model, turns: Sequence[dict[str, str]], token: SoftToken) -> 
     return tuple(ids)
 
 
-def _reply(exported: Model, turns: Sequence[dict[str, str]], token: SoftToken) -> list[int]:
-    """A greedy reply by transformers itself, its end not included."""
-    ids = torch.tensor([_ids(exported, turns, token)], device=exported.device)
+def _replies(exported: Model, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Greedy replies by transformers itself, read together, their ends not included."""
+    width, end = max(len(ids) for ids in prompts), exported.tokenizer.eos_token_id
+    padded = torch.tensor([[*[end] * (width - len(ids)), *ids] for ids in prompts], device=exported.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=exported.device)
     said = exported.network.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+        input_ids=padded,
+        attention_mask=mask,
         max_new_tokens=REPLY_TOKENS,
         do_sample=False,
         temperature=None,
         top_p=None,
         top_k=None,
         repetition_penalty=1.0,
-        pad_token_id=exported.tokenizer.eos_token_id,
-    )[0, ids.shape[1] :].tolist()
-    end = next((place for place, i in enumerate(said) if i in exported.eos_ids), len(said))
-    return list(said[:end])
+        pad_token_id=end,
+    )[:, width:].tolist()
+    return [tuple(itertools.takewhile(lambda i: i not in exported.eos_ids, reply)) for reply in said]
+
+
+@torch.inference_mode()
+def _follow(
+    model: Model, prompts: Sequence[tuple[int, ...]], replies: Sequence[tuple[int, ...]], vectors: Tensor
+) -> tuple[Tensor, list[bool]]:
+    """Logits `[n, V]` after the prompts, with `vectors` in the slot, and whether each reply is the greedy one there, its end included.
+
+    The replies are read, not generated anew: where each of its tokens is the likeliest behind those before, a reply is the greedy one.
+    """
+    longest = 1 + max(len(reply) for reply in replies)
+    with slot(model, vectors.to(model.device)):
+        read = [(*ids, *reply) for ids, reply in zip(prompts, replies, strict=True)]
+        logits = forward(model, read, Past.empty(len(read), model.device), longest)
+    first = torch.stack([logits[i, -1 - len(reply)] for i, reply in enumerate(replies)])
+    logits[..., banned_ids(model, vectors)] = -torch.inf
+    likeliest = [row[-1 - len(reply) :] for row, reply in zip(logits.argmax(-1).tolist(), replies, strict=True)]
+    return first, [
+        tuple(best[:-1]) == reply and (len(reply) == REPLY_TOKENS or best[-1] in model.eos_ids)
+        for best, reply in zip(likeliest, replies, strict=True)
+    ]

@@ -28,7 +28,12 @@ def export(
         typer.Option("--untie/--keep-tied", help="a tied head as a table of its own [where the slot would be said]"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an earlier export in DIR")] = False,
-    verify: Annotated[bool, typer.Option(help="compare the result with the token on its model")] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="compare the result with the token on its model; not asked for, a model that memory cannot hold is exported without loading it"
+        ),
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file with the same settings as these options")] = None,
     as_json: Json = False,
