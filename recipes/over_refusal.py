@@ -3,7 +3,8 @@
     python recipes/over_refusal.py SUITES_FOLDER [--out runs/over-refusal] [--limit 100] [--only "1 token" ...]
 
 The over-cautious model is SmolLM2-135M-Instruct with an adapter that learned, on the project's own prompts, to refuse harmful *and* borderline requests, merged and saved. What it is to say to benign requests that it refuses is its own answer under an
-open system prompt, or the untouched model's where it refuses even then. Arms: the over-cautious model, the untouched one, tokens (1, 5, 20), a system prompt of the same intent, Self-CD, surgical ablation of the direction of needless refusal (the last two with the strength or layer that is best on the
+open system prompt, or the untouched model's where it refuses even then. Arms: the over-cautious model, the untouched one, tokens (1, 5, 20; one token also with 90 and 99 % of
+validation's refusals kept), a system prompt of the same intent, Self-CD, surgical ablation of the direction of needless refusal (the last two with the strength or layer that is best on the
 validation split), and an adapter trained on the same data.
 
 Shares refused, with 95 % Wilson intervals: `keyword` judge (the reply begins by declining), under prefill `phrase` (declines anywhere), since the reply begins with given words. Then over-refusal paired against the over-cautious model. A finished arm is not
@@ -112,8 +113,10 @@ def untouched(model: Model, records: list[Record], out: Path) -> Speak:
     return partial(baselines.replies, tt.load(MODEL))
 
 
-def tokens(model: Model, records: list[Record], out: Path, n: int) -> Speak:
-    token = tt.align(model, records, out=out / f"tokens-{n}", tokens=n)
+def tokens(model: Model, records: list[Record], out: Path, n: int, keep: float = 0.0) -> Speak:
+    """By default at the balance of harmful requests refused and benign ones answered, wherever that is."""
+    folder = out / (f"tokens-{n}-keep-{keep:g}" if keep else f"tokens-{n}")
+    token = tt.align(model, records, out=folder, tokens=n, keep=keep)
     return partial(baselines.replies, model, token=token)
 
 
@@ -160,6 +163,7 @@ ARMS: dict[str, Callable[[Model, list[Record], Path], Speak]] = {
     "over-cautious": as_it_is,
     "untouched": untouched,
     **{f"{n} token{'s' * (n > 1)}": partial(tokens, n=n) for n in (1, 5, 20)},
+    **{f"1 token, {keep:.0%} kept": partial(tokens, n=1, keep=keep) for keep in (0.9, 0.99)},
     "system prompt": system_prompt,
     "Self-CD": self_cd,
     "surgical": surgical,

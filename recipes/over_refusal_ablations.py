@@ -77,7 +77,7 @@ def trained(
     model: Model, records: list[Record], name: str, seed: int, run: Path, prepared: dict[tuple[Any, ...], Prepared]
 ) -> Any:
     """The token of one row and seed. What rows of one seed begin with alike is kept in `prepared`, for the last of them."""
-    settings = AlignSettings(**{"limit": PROMPTS, "seed": seed, **ROWS[name]})
+    settings = AlignSettings(**{"limit": PROMPTS, "seed": seed, "keep": 0.0, **ROWS[name]})
     start = (settings.limit, name == "filter off")
     if start not in prepared and not (run / "manifest.json").exists():
         prepared.clear()  # they are large
