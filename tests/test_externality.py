@@ -125,7 +125,10 @@ def test_all_attacks_together_are_one_more_look() -> None:
             "choices": (),
             "log_odds": None,
         }
-        return [{**fields, "id": f"{name}-{i}", "reply": reply, "stop": "eos"} for i, reply in enumerate(replies)]
+        return [
+            {**fields, "id": f"{name}-{i}", "reply": reply, "stop": "eos", "tokens": 3}
+            for i, reply in enumerate(replies)
+        ]
 
     names = {"s": "", "s+a": "a", "s+b": "b"}
     attacks = {name: attack for name, attack in names.items() if attack}

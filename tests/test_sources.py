@@ -246,7 +246,7 @@ def test_trouble_with_a_hub_set_names_it(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(DataError, match="hf:a/b@c0ffee0, row 0, field label"):
         load_prompts("hf:a/b@c0ffee0")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"need the package datasets\.\n  pip install 'trimtab\[data\]'"):
+    with pytest.raises(DataError, match=r"needs the package datasets\.\n  pip install 'trimtab\[data\]'"):
         load_prompts("hf:a/b@c0ffee0")
 
 

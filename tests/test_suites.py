@@ -148,7 +148,9 @@ def test_trouble_names_the_suite_and_the_mend(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(DataError, match=r"advbench: a row is not what it was at this commit \(KeyError: 'goal'\)"):
         load_suite("advbench")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"named suites need the package datasets\.\n  pip install 'trimtab\[data\]'"):
+    with pytest.raises(
+        DataError, match=r"the suite advbench needs the package datasets\.\n  pip install 'trimtab\[data\]'"
+    ):
         load_suite("advbench")
     with pytest.raises(DataError, match=r"no suite 'xstes'\.\n  Did you mean xstest or "):
         load_suite("xstes")

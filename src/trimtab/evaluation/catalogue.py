@@ -13,6 +13,7 @@ from typing import Any
 
 from trimtab.errors import DataError
 from trimtab.prompts.records import LETTERS, Record
+from trimtab.prompts.sources import fetched
 from trimtab.run import console
 
 Row = Mapping[str, Any]
@@ -136,29 +137,20 @@ def fetch(name: str) -> list[Record]:
         DataError: the package datasets is missing, or the suite cannot be had, and why.
     """
     known = CATALOGUE[name]
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise DataError("named suites need the package datasets.", "pip install 'trimtab[data]'") from None
+    what, mend = f"the suite {name}", "Check your connection; or give a .jsonl file."
+    if known.gated:
+        mend = "It asks for an account on the hub: accept its terms there and log in."
     records: list[Record] = []
     left_out = 0
     for split in known.splits:
-        try:
-            if known.source.startswith("https://"):
-                kind = known.source.rsplit(".", 1)[1]
-                rows = load_dataset(kind, data_files=known.source.format(revision=known.revision), split="train")
-            else:
-                rows = load_dataset(known.source, known.config, revision=known.revision, split=split)
-        except Exception as error:  # datasets passes on whatever the network or the files raise
-            mend = (
-                "It asks for an account on the hub: accept its terms there and log in."
-                if known.gated
-                else "Check your connection; or give a .jsonl file."
-            )
-            raise DataError(f"cannot load the suite {name}: {type(error).__name__}: {error}", mend) from None
+        if known.source.startswith("https://"):  # one file, whose kind says how it is read
+            file = known.source.format(revision=known.revision)
+            rows = fetched(what, mend, file.rsplit(".", 1)[1], data_files=file, split="train")
+        else:
+            rows = fetched(what, mend, known.source, known.config, revision=known.revision, split=split)
         for row in rows:
             try:
-                fields = known.row(dict(row), split)
+                fields = known.row(row, split)
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise DataError(
                     f"{name}: a row is not what it was at this commit ({type(error).__name__}: {error}).",

@@ -179,8 +179,11 @@ def _replies(
     adaptive = dict.fromkeys(suite.attack for suite in suites if suite.attack.startswith(ADAPTIVE))
     for arm, who in arms.items():
         trained = {attack: _against(model, who, attack, folder, local) for attack in adaptive}
-        backend = local(model, who)
-        rows[arm] = {s.name: _measure(s, arm, trained.get(s.attack, backend), store) for s in suites}
+        rows[arm] = {}
+        for suite in suites:
+            short = min(max_new_tokens, suite.enough or max_new_tokens)
+            backend = trained.get(suite.attack) or local(model, who, max_new_tokens=short)
+            rows[arm][suite.name] = _measure(suite, arm, backend, store)
     return rows
 
 
@@ -217,6 +220,7 @@ def protocol(
                 "digest": digest([r.model_dump() for r in s.records]),
                 **s.origin,
                 **({"attack": s.attack} if s.attack else {}),
+                **({"max_new_tokens": s.enough} if s.enough else {}),
             }
             for s in suites
         },

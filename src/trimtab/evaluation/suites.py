@@ -14,13 +14,15 @@ from trimtab.prompts.sources import load_prompts
 
 @dataclass(frozen=True)
 class Suite:
-    """A name, its rows, and how many rows there were before `--limit`; the attack that they are under, if any; where they came from, at which commit, under which licence."""
+    """A name, its rows, and how many rows there were before `--limit`; the attack that they are under, if any; where they came from, at which commit, under which licence; and how
+    many tokens of a reply are enough (0: as many as are asked for)."""
 
     name: str
     records: tuple[Record, ...]
     total: int
     attack: str = ""
     origin: dict[str, str] = field(default_factory=dict)
+    enough: int = 0
 
 
 def load_suite(source: str, *, limit: int | None = None, seed: int = 0) -> Suite:

@@ -179,17 +179,25 @@ def _read_hub(name: str) -> list[Record]:
             f"{match['revision']!r} is no commit: a branch or tag may move, and the run could not be repeated.",
             f"Its commits are at https://huggingface.co/datasets/{match['id']}/commits.",
         )
+    split = match["split"] or "train"
+    rows = fetched(name, "Check the name and your connection.", match["id"], revision=match["revision"], split=split)
+    return [_record(row, f"{name}, row {i}", f"{match['id']}-{i:05d}") for i, row in enumerate(rows)]
+
+
+def fetched(what: str, mend: str, *place: str | None, **options: Any) -> list[dict[str, Any]]:
+    """Rows of a data set, by what `datasets.load_dataset` takes; `what` is its name for people.
+
+    Raises:
+        DataError: the package datasets is missing, or the rows cannot be had.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError("hub data sets need the package datasets.", "pip install 'trimtab[data]'") from None
+        raise DataError(f"{what} needs the package datasets.", "pip install 'trimtab[data]'") from None
     try:
-        rows = load_dataset(match["id"], revision=match["revision"], split=match["split"] or "train")
+        return [dict(row) for row in load_dataset(*place, **options)]
     except Exception as error:  # datasets passes on whatever the network or the files raise
-        raise DataError(
-            f"cannot load {name}: {type(error).__name__}: {error}", "Check the name and your connection."
-        ) from None
-    return [_record(dict(row), f"{name}, row {i}", f"{match['id']}-{i:05d}") for i, row in enumerate(rows)]
+        raise DataError(f"cannot load {what}: {type(error).__name__}: {error}", mend) from None
 
 
 def split_records(records: Sequence[Record]) -> list[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.table import Column, Table
 
 from trimtab.evaluation.externality import QUICK
 from trimtab.evaluation.run import evaluate
-from trimtab.evaluation.suites import Suite
+from trimtab.evaluation.suites import Suite, load_suite
 from trimtab.models import Model
 from trimtab.neuron.expert import load_expert
 from trimtab.neuron.guide import Guide
@@ -27,6 +28,8 @@ from trimtab.report.words import CLASSES
 from trimtab.run import read_json, tell
 from trimtab.softtoken.artifact import SoftToken
 
+ENOUGH = 16  # tokens for an answer of one number: the check that ends every training is to be quick
+
 
 def check_and_report(
     model: Model, token: SoftToken, records: Sequence[Record], run: Path, n: int, screen: Console
@@ -39,7 +42,7 @@ def check_and_report(
         chosen = stratified(held_out, n)
         suite = Suite("held-out", tuple(chosen), len(held_out))
         result["check"] = evaluate(
-            model, [suite, ANSWERS], token=token, out=run / "eval", compare=True, attacks=QUICK, max_new_tokens=40
+            model, [suite, _answers()], token=token, out=run / "eval", compare=True, attacks=QUICK, max_new_tokens=40
         )
         print_results(result["check"], screen)
         _print_pairs(read_json(run / "eval" / "rows.json")["held-out"], screen)
@@ -63,7 +66,7 @@ def check_expert(model: Model, records: Sequence[Record], run: Path, n: int, scr
         # Always on and at full strength: what guided decoding mixes in, without the neuron and the rating.
         alone = Guide(load_expert(f"lora:{run}", model), Neuron(kind="always"), ConstantRisk(10), alpha_table("1"))
         result["check"] = evaluate(
-            model, [suite, ANSWERS], guide=alone, out=run / "eval", compare=True, attacks=QUICK, max_new_tokens=40
+            model, [suite, _answers()], guide=alone, out=run / "eval", compare=True, attacks=QUICK, max_new_tokens=40
         )
         print_results(result["check"], screen)
     result["report"] = str(build([run], run / "report.html"))
@@ -73,6 +76,10 @@ def check_expert(model: Model, records: Sequence[Record], run: Path, n: int, scr
     )
     tell(screen, f"trained in {manifest['cost']['train_seconds']:.0f} s. Report: {result['report']}")
     return result
+
+
+def _answers() -> Suite:
+    return replace(load_suite(ANSWERS), enough=ENOUGH)
 
 
 def print_results(result: Mapping[str, Any], screen: Console) -> None:
