@@ -411,19 +411,18 @@ def test_replies_are_those_of_generate_and_results_add_them_up(
             found = part["suites"]["small"][label]["keyword"]
             assert found["refusal_rate"] == pytest.approx(sum(said) / len(said))
             assert (found["n"], found["unscored"]) == (len(places), 0)
-        assert result["paired"]["small"][label] == {
-            "keyword": {
-                "now_refused": sum(b and not a for a, b in zip(was, now, strict=True)),
-                "now_answered": sum(a and not b for a, b in zip(was, now, strict=True)),
-                "difference": pytest.approx((sum(now) - sum(was)) / len(was)),
-                "ci95": list(paired_difference(was, now)[1]),
-                "p": mcnemar(was, now),
-                "p_holm": p_holm[label],
-                "detectable": detectable(len(was), sum(a != b for a, b in zip(was, now, strict=True)) / len(was)),
-            }
+        assert result["paired"]["small"][label]["keyword"] == {
+            "now_refused": sum(b and not a for a, b in zip(was, now, strict=True)),
+            "now_answered": sum(a and not b for a, b in zip(was, now, strict=True)),
+            "difference": pytest.approx((sum(now) - sum(was)) / len(was)),
+            "ci95": list(paired_difference(was, now)[1]),
+            "p": mcnemar(was, now),
+            "p_holm": p_holm[label],
+            "detectable": detectable(len(was), sum(a != b for a, b in zip(was, now, strict=True)) / len(was)),
         }
         logit = result["suites"]["small"][label]["logit"]
         assert (logit["n"], logit["unscored"]) == (len(places), 0)
+        assert set(result["paired"]["small"][label]) == {"keyword", "logit"}
         steps = [step for i in places for step in after[i].trace]
         activity = result["neuron"]["small"][label]
         assert activity["spike_rate"] == pytest.approx(sum(s.spike for s in steps) / len(steps))
