@@ -30,6 +30,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "chat": speaking.chat,
     "expert": training.expert,
     "export": shipping.export,
+    "serve-check": shipping.serve_check,
     "report": measuring.report,
     "doctor": doctor.doctor,
 }

@@ -11,6 +11,7 @@
     ├── ArtefactError       exit 1   a token is damaged or belongs to another model
     ├── FilterError         exit 1   hard weighting left nothing to train on
     ├── ExportError         exit 1   a token cannot be exported in this form
+    ├── EndpointError       exit 1   a running endpoint cannot be reached, or its answers cannot be used
     ├── NoEffectError       exit 1   an artefact changes nothing (law 6)
     └── RunError            exit 1   a run folder cannot be written or belongs to another run
 
@@ -82,6 +83,10 @@ class NoEffectError(TrimtabError):
 
 class ExportError(TrimtabError):
     """A token cannot be exported in this form."""
+
+
+class EndpointError(TrimtabError):
+    """A running endpoint cannot be reached, or its answers cannot be used."""
 
 
 class RunError(TrimtabError):

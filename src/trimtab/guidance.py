@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from trimtab.adapter import is_adapter, read
 from trimtab.config import GuidanceSettings, ModelSettings
-from trimtab.models import Model, load
+from trimtab.models import Model, load, load_at
 from trimtab.neuron.guide import guide_from
 from trimtab.run import console
 from trimtab.softtoken.artifact import SoftToken
@@ -38,3 +39,17 @@ def load_guided(settings: GuidanceSettings) -> tuple[Model, dict[str, Any]]:
     model = load_model(settings)
     token = SoftToken.load(settings.token, model) if settings.token else None
     return model, {"token": token, "guide": guide_from(settings, model)}
+
+
+def load_tuned(run: Path, model: str | None = None) -> tuple[Model, SoftToken]:
+    """The token of a run, and the model that it names, or `model` where that has moved since.
+
+    Raises:
+        ArtefactError, ModelError, NoEffectError, PathError: see `SoftToken.load` and `models.load`.
+    """
+    if model and is_adapter(run):
+        loaded = load_at(model)
+    else:
+        identity = SoftToken.load(run).identity()
+        loaded = load_at(model or identity.home, dtype=identity.dtype)
+    return loaded, SoftToken.load(run, loaded)

@@ -27,6 +27,7 @@ from trimtab.decoding.generate import generate
 from trimtab.decoding.past import Past
 from trimtab.exporters.export import export
 from trimtab.models import Model, load, slot
+from trimtab.serving.check import serve_check
 from trimtab.softtoken.artifact import SoftToken
 
 pytestmark = [
@@ -37,10 +38,11 @@ pytestmark = [
 
 @dataclass
 class Case:
-    """A model, a token, and a server of the file that both became."""
+    """A model, a token, the folder of what both became, and a server of it."""
 
     model: Model
     token: SoftToken
+    folder: Path
     server: Any
 
     def ask(self, turns: Sequence[dict[str, str]], length: int = LENGTH) -> dict[str, Any]:
@@ -51,18 +53,23 @@ class Case:
         return answer
 
 
-def served(path: Path, folder: Path) -> Iterator[Case]:
-    model = load(path)
-    token = SoftToken.of(model, vectors_for(model, 1, 2.0), "assistant")
-    export(model, token, folder / "out", format="gguf")
+def server_of(path: Path) -> Any:
     options = xllamacpp.CommonParams()
-    options.model.path = str(next((folder / "out").glob("*.gguf")))
+    options.model.path = str(path)
     options.use_jinja, options.cache_prompt, options.warmup = True, False, False
     options.n_ctx, options.n_parallel = 2048, 1
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = (
         1  # two on shared cores are a hundred times slower
     )
-    yield Case(model, token, xllamacpp.Server(options))
+    options.port = 0  # a free one
+    return xllamacpp.Server(options)
+
+
+def served(path: Path, folder: Path) -> Iterator[Case]:
+    model = load(path)
+    token = SoftToken.of(model, vectors_for(model, 1, 2.0), "assistant")
+    export(model, token, folder / "out", format="gguf")
+    yield Case(model, token, folder / "out", server_of(next((folder / "out").glob("*.gguf"))))
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +144,13 @@ def test_the_first_word_of_quantised_weights_is_as_likely_as_here(quantised: Cas
         for each in top:
             assert abs(math.exp(each["logprob"]) - float(here[each["id"]].exp())) < 0.1
     assert agreed >= len(CHATS) * 0.8
+
+
+def test_serve_check_sees_the_token_and_that_the_untouched_file_has_none(quantised: Case, packaged: Path) -> None:
+    found = serve_check(quantised.server.listening_address, export=quantised.folder)
+    assert found["in_effect"], found
+    assert {check["verdict"] for check in found["checks"]} == {"ok"}
+    untouched = server_of(packaged)
+    found = serve_check(untouched.listening_address, export=quantised.folder)
+    failed = {check["what"] for check in found["checks"] if check["verdict"] == "failed"}
+    assert (found["in_effect"], failed) == (False, {"prompt length", "slot once", "effect"}), found

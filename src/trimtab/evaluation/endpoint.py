@@ -73,8 +73,7 @@ class Endpoint:
         """Answers to conversations as they come, each with its place; temperature 0."""
         import openai
 
-        trusted = self.url.startswith("https://") or urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
-        key = (os.environ.get("OPENAI_API_KEY") if trusted else None) or "none"
+        key = api_key(self.url) or "none"
         client = openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
         lost = threading.Event()
         failures: list[Exception] = []  # in a row
@@ -115,3 +114,9 @@ class Endpoint:
             lost.set()
             pool.shutdown(wait=False, cancel_futures=True)
             client.close()
+
+
+def api_key(url: str) -> str | None:
+    """The key for an endpoint, if there is one and it may be sent there."""
+    trusted = url.startswith("https://") or urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    return (os.environ.get("OPENAI_API_KEY") if trusted else None) or None

@@ -113,6 +113,7 @@ def export(
             "plan": found.record(),
             "template": {
                 "position": token.position,
+                "template_args": token.template_args,
                 "conversations_equal": proof.equal,
                 "refused_by_both": proof.refused,
             },
@@ -234,16 +235,15 @@ def _model(settings: ExportSettings) -> tuple[Model, str]:
             )
         return load_at(settings.model), ""
     identity = SoftToken.load(settings.run).identity()
-    origin = identity.origin
-    home = f"{origin['id']}@{origin['revision']}" if "id" in origin else origin.get("path", identity.model)
+    home = settings.model or identity.home
     try:
-        return load_at(settings.model or home, dtype=identity.dtype), ""
+        return load_at(home, dtype=identity.dtype), ""
     except RoomError as error:
         why = str(error.args[0])
         if (settings.verify and not settings.dry_run) or settings.format == "peft":
             mend = "--no-verify exports a safetensors checkpoint (--format hf) without loading it."
             raise RoomError(why, mend) from None
-        return outline(settings.model or home, identity.dtype), why
+        return outline(home, identity.dtype), why
 
 
 def _head(model: Model, token: SoftToken) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +108,7 @@ def plan(model: Model, token: SoftToken, *, untie: bool, format: Format = "hf") 
     row: Literal["unused", "reserved", "appended"] = (
         "appended" if ids[-1] >= before else "reserved" if ids[0] in known else "unused"
     )
-    names = tuple(known[i] if row == "reserved" else f"<|trimtab_{n}|>" for n, i in enumerate(ids))
+    names = slot_names(model, ids)
     if row != "reserved" and (taken := [name for name in names if name in known.values()]):
         raise ExportError(f"{model.name} has a token {taken[0]} already.", "Export from the model it was trained on.")
     tied = _head_of(model) is model.table
@@ -160,6 +161,12 @@ def plan(model: Model, token: SoftToken, *, untie: bool, format: Format = "hf") 
         files,
         _unpacked(model, sum(size for _, _, size in files)) if format == "hf" else "",
     )
+
+
+def slot_names(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
+    """The special tokens that stand for slots: reserved ones have names already."""
+    known = {i: name for name, i in model.tokenizer.get_vocab().items()}
+    return tuple(known.get(i, f"<|trimtab_{n}|>") for n, i in enumerate(ids))
 
 
 def folder_of(model: Model) -> Path:

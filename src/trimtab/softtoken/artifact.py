@@ -43,6 +43,13 @@ class TokenIdentity(Identity):
     hidden_size: int
     sha256: str
 
+    @property
+    def home(self) -> str:
+        """Where its model was, as `load_at` reads it."""
+        if "id" in self.origin:
+            return f"{self.origin['id']}@{self.origin['revision']}"
+        return self.origin.get("path", self.model)
+
 
 @dataclass(frozen=True)
 class SoftToken:

@@ -1,4 +1,4 @@
-"""Verbs that bring a token to other engines: export."""
+"""Verbs that bring a token to other engines, and see that they heed it: export, serve-check."""
 
 from __future__ import annotations
 
@@ -46,3 +46,27 @@ def export(
 
     settings = settle(ExportSettings, given, config)
     finish(as_json, export_run(settings, screen(as_json)))
+
+
+def serve_check(
+    endpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL", help="of an OpenAI-compatible endpoint; URL#MODEL where it serves several models"
+        ),
+    ],
+    run: Annotated[Path | None, typer.Option(metavar="RUN", help="the token: folder of an align run")] = None,
+    export: Annotated[Path | None, typer.Option(metavar="DIR", help="or the export that is served, hf or gguf")] = None,
+    model: Annotated[str | None, typer.Option(help="the run's model, if it has moved since")] = None,
+    as_json: Json = False,
+) -> None:
+    """Probe a running endpoint: is the slot in its prompts, once, and is the token in effect? Exit 1 unless it is seen to be."""
+    from trimtab.run import screen
+    from trimtab.serving.check import serve_check as check
+    from trimtab.serving.check import show
+
+    found = check(endpoint, run=run, export=export, model=model)
+    show(found, screen(as_json))
+    finish(as_json, found)
+    if not found["in_effect"]:
+        raise typer.Exit(1)
