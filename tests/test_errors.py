@@ -8,7 +8,7 @@ from trimtab import errors
 from trimtab.errors import TrimtabError, UsageError, nearest
 
 KINDS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, TrimtabError)]
-USAGE = {"UsageError", "ConfigError", "PathError", "ModelError", "DataError"}
+USAGE = {"UsageError", "ConfigError", "PathError", "ModelError", "RoomError", "DataError"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
