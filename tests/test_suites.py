@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from trimtab.evaluation.run import evaluate
 from trimtab.evaluation.suites import load_suite
 from trimtab.models import load
 from trimtab.prompts.records import Record
+from trimtab.prompts.sources import load_prompts
 from trimtab.report.plots import suites as suites_shown
 
 WORDS = " Words.\n"
@@ -171,6 +173,27 @@ def test_two_suites_of_one_name_are_told_apart_or_refused(tmp_path: Path) -> Non
         "my+suite": "", "my+suite+past": "past",
     }  # fmt: skip
     assert list(suites_shown(result)) == ["my+suite"]
+
+
+def test_malformed_lines_are_told_counted_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.jsonl"
+    lines = ['{"prompt": "Hi", "label": "benign"}', "{", '{"prompt": "Ho"}', '{"prompt": "Ha", "label": "harmful"}']
+    path.write_text("\n".join(lines) + "\n")
+    result = evaluate(build("llama", "default"), [str(path)], out=tmp_path / "e", attacks=("past",), max_new_tokens=2)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "mine.jsonl, line 2: not JSON" in told
+    assert "mine.jsonl, line 3, field label: field required." in told
+    assert (result["suites"]["mine"]["n"], result["failed"]) == (2, 2)
+    assert result["protocol"]["suites"]["mine"]["malformed"] == 2
+    assert [row["id"] for row in json.loads((tmp_path / "e" / "rows.json").read_text())["mine"]] == [
+        "mine-00001",
+        "mine-00004",
+    ]
+    with pytest.raises(DataError, match="line 2: not JSON"):  # what is trained on is to be all right
+        load_prompts(path)
+    path.write_text("{\n")
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        load_suite(str(path))
 
 
 def test_a_conversation_takes_no_context(tmp_path: Path) -> None:

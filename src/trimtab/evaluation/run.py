@@ -96,7 +96,7 @@ def evaluate(
         `{"suites": {name: {"n", "harmful"|"benign": {judge: {"refusal_rate", "ci95", "unscored"}}}}, "auc": {...}, "looping": {...}, "answers": {...}}`, and with
         `compare` also `base` (the same for the untouched model), `paired`, `answers_paired`, `length_paired` and `kl` (`capability.py`); under a guide also `guide`, `neuron` (what it did) and `injections`
         (how often its rater is talked round). `agreement` of the judges; with models among them `judging` (what they cost), `harm` and `classes`. `failed` counts
-        rows without a reply. `protocol` says what was asked. Written to `results.json` as well, but for `judging`, `cost` and `environment`, which are in `cost.json`.
+        rows without a reply and malformed lines. `protocol` says what was asked. Written to `results.json` as well, but for `judging`, `cost` and `environment`, which are in `cost.json`.
     """
     if token is not None and guide is not None:
         raise ConfigError("a token that is always on and a guide exclude each other.", "Name the token as the expert.")
@@ -122,7 +122,7 @@ def evaluate(
         if isinstance(model, Model) and isinstance(who := arms[main], Guide):
             result |= _guided(model, who, rows[main], folder)
         everything = [row for parts in rows.values() for part in parts.values() for row in part]
-        result["failed"] = sum(row["stop"] == "error" for row in everything)
+        result["failed"] = sum(row["stop"] == "error" for row in everything) + sum(s.malformed for s in loaded)
         result["cost"] = cost.record(describe_machine(model.device) if isinstance(model, Model) else model.url)
         result["environment"] = environment()
         _write(folder, result, rows)
@@ -221,6 +221,7 @@ def protocol(
                 **s.origin,
                 **({"attack": s.attack} if s.attack else {}),
                 **({"max_new_tokens": s.enough} if s.enough else {}),
+                **({"malformed": s.malformed} if s.malformed else {}),
             }
             for s in suites
         },

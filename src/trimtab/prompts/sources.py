@@ -47,14 +47,36 @@ def load_prompts(source: str | Path, *, split: Split | None = None) -> list[Reco
 
 
 def read_jsonl(path: Path) -> list[Record]:
-    """One record a line; blank lines are passed over, unknown fields ignored, a missing id is made of the line number."""
-    records = [
-        _record(_object(line, where), where, f"{path.stem}-{number:05d}") for number, where, line in _lines(path)
-    ]
+    """One record a line; blank lines are passed over, unknown fields ignored, a missing id is made of the line number.
+
+    Raises:
+        DataError: no such file, an empty one, or a malformed line: what is trained on is to be all right.
+    """
+    records, broken = read_good_lines(path)
+    if broken:
+        raise next(iter(broken.values()))
+    return records
+
+
+def read_good_lines(path: Path) -> tuple[list[Record], dict[int, DataError]]:
+    """The records of a file, and by line number what is wrong with the lines that hold none: one of them does not stop a long measurement.
+
+    Raises:
+        DataError: no such file, an empty one, one with no good line, or an id that is there twice.
+    """
+    records: list[Record] = []
+    broken: dict[int, DataError] = {}
+    for number, where, line in _lines(path):
+        try:
+            records.append(_record(_object(line, where), where, f"{path.stem}-{number:05d}"))
+        except DataError as error:
+            broken[number] = error
+    if not records:
+        raise next(iter(broken.values()))
     number, twice = next(((n, i) for i, n in Counter(r.id for r in records).items() if n > 1), (0, ""))
     if twice:
         raise DataError(f"{path}: {number} rows have the id {twice!r}.", "Ids are unique in a file.")
-    return records
+    return records, broken
 
 
 class Chat(BaseModel):
