@@ -393,7 +393,7 @@ def test_openings_are_never_on_disk(model: Model, tmp_path: Path, monkeypatch: p
 def test_the_run_folder_tells_the_story(model: Model, tmp_path: Path) -> None:
     train_expert(model, records(), out=tmp_path, settings=SHORT)
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if "cache" not in p.parts} == {
-        "run.json", "history.json", "manifest.json", "adapter",
+        ".lock", "run.json", "history.json", "manifest.json", "adapter",
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/expert.json",
     }  # fmt: skip
     manifest = json.loads((tmp_path / "manifest.json").read_text())
