@@ -1,7 +1,7 @@
 """What an artefact breaks: measured on every one, since a benign change may cost safety and a safe one usefulness (after Steering Externalities, 2602.04896).
 
 With and without the artefact, on the same rows: harmful requests plain and under attack, benign ones, right answers (`builtin:answers`), replies that repeat themselves. A loss counts where it is larger than a
-margin, its 95 % interval does not reach 0, and p is below 0.05, adjusted over everything that was looked at in the same way (Holm): refusals over suites and labels, right answers over suites. All attacks are also taken
+margin, its 95 % interval does not reach 0, and p is below 0.05, adjusted over everything that was looked at in the same way (Holm): refusals over suites and labels (apart for suites of right answers), right answers over suites. All attacks are also taken
 together, which is one more look: one loss may be spread over them.
 """
 

@@ -44,7 +44,12 @@ def compared(
     was, now = ([row for name in attacks for row in pairs[name][side]] for side in (0, 1))
     by_suite = {name: paired(*both, judges) for name, both in pairs.items()}
     together = paired(was, now, judges) if len(attacks) > 1 else {}  # of one attack alone it would be the same again
-    adjusted([*by_suite.values(), together])
+    # Suites of right answers are looked at for these: their refusals are counted apart, and cost the others no strength.
+    asked, tests = (
+        [found for name, found in by_suite.items() if tests_answers(after[name]) is kind] for kind in (False, True)
+    )
+    adjusted([*asked, together])
+    adjusted(tests)
     return {
         "base": measured(before, judges, attacks),
         "paired": by_suite,
