@@ -7,9 +7,7 @@ words of a refusal. The filter, the `logit` judge and the validation metric of t
 
 from __future__ import annotations
 
-import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -119,16 +117,13 @@ def log_odds(
 def opening_log_odds(model: Model, tails: Sequence[Sequence[int]], past: Past) -> Tensor:
     """Refusal log-odds `[B]` of the reply that follows `tails` behind `past`; differentiable."""
     logits = forward(model, tails, past, 1)[:, -1]
-    log_p = _tree_log_prob(model, _opening_tree(model), logits, past).clamp(max=-1e-6)
+    return odds(_tree_log_prob(model, _opening_tree(model), logits, past))
+
+
+def odds(log_p: Tensor) -> Tensor:
+    """`log P - log(1 - P)` from log-probabilities `[B]` of a refusal, kept finite above; NaN stays NaN."""
+    log_p = log_p.clamp(max=-1e-6)
     return log_p - torch.log1p(-log_p.exp())
-
-
-def odds(chance: float) -> float:
-    """`log P - log(1 - P)` of a refusal's chance, kept finite; NaN stays NaN."""
-    if math.isnan(chance):
-        return chance
-    log_p = min(math.log(max(chance, sys.float_info.min)), -1e-6)
-    return log_p - math.log1p(-math.exp(log_p))
 
 
 def _opening_tree(model: Model) -> dict[int, Any]:

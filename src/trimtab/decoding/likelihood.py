@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -99,8 +100,10 @@ def guided_log_odds(
     ]
     strengths, drawn_by = ([x for x in values for _ in openings] for values in (alphas, streams))
     found = _followed(model, pieces, expert, None, guide, strengths, [int(n) for n in drawn_by])
-    chances = [math.exp(each.log_probability) for each in found]
-    return [odds(sum(chances[i : i + len(openings)])) for i in range(0, len(chances), len(openings))]
+    each = torch.tensor([one.log_probability for one in found], dtype=torch.float64).view(-1, len(openings))
+    # A chance may have vanished in float32: the odds stay finite.
+    scores: list[float] = odds(each.logsumexp(1).clamp(min=math.log(sys.float_info.min))).tolist()
+    return scores
 
 
 def _expert(model: Model, guide: Guide | None) -> Expert | None:
@@ -127,10 +130,12 @@ def _followed(
             continue
         contexts, heard, said = ([piece[part] for piece in (pieces[i] for i in fit)] for part in range(3))
         banned = banned_ids(model, expert.vectors if expert else vectors)
-        chances = _read_along(model, contexts, said, slot(model, vectors), banned)
+        chances = chances_along(model, contexts, said, slot(model, vectors), banned)
         if guide and expert:
-            other = _read_along(expert.model, heard, said, expert.speaking(), banned)
-            chances = _guided(chances, other, said, guide, [strengths[i] for i in fit], [streams[i] for i in fit])
+            other = chances_along(expert.model, heard, said, expert.speaking(), banned)
+            chances = guided_chances(
+                chances, other, said, guide, [strengths[i] for i in fit], [streams[i] for i in fit]
+            )
         for row, i in enumerate(fit):
             along, ids = chances[row, -len(said[row]) :], torch.tensor(said[row], device=model.device)
             chosen = along.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
@@ -176,7 +181,7 @@ def _piece(
     return _Piece(whole[:shared], heard[: len(heard) - len(before) + shared], whole[shared:])
 
 
-def _read_along(
+def chances_along(
     model: Model, contexts: Sequence[Ids], said: Sequence[Ids], voice: AbstractContextManager[None], banned: list[int]
 ) -> Tensor:
     """Probabilities `[B, T, V]` at the places of the longest reply; shorter ones are aligned at their end."""
@@ -191,7 +196,7 @@ def _read_along(
     return logits.softmax(-1)
 
 
-def _guided(
+def guided_chances(
     base: Tensor, expert: Tensor, said: Sequence[Ids], guide: Guide, alphas: Sequence[float], streams: Sequence[int]
 ) -> Tensor:
     """Probabilities `[B, T, V]` as the neuron leaves them; a row's neuron starts at the row's first place."""

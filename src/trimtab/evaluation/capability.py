@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimtab.chat import Prompt, render, reply_ids, strip_thinking
 from trimtab.decoding.engine import Ids, banned_ids, by_length, forward, read
-from trimtab.decoding.likelihood import _guided, _read_along
+from trimtab.decoding.likelihood import chances_along, guided_chances
 from trimtab.decoding.past import Past
 from trimtab.evaluation.metrics import bootstrap_mean
 from trimtab.models import Model, slot
@@ -107,9 +107,9 @@ def kl_under_guide(
     banned = banned_ids(model, expert.vectors)
 
     def both(places: Sequence[int], said: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-        base = _read_along(model, [prompts[i].ids for i in places], said, slot(model, None), banned)
-        other = _read_along(expert.model, [heard[i].ids for i in places], said, expert.speaking(), banned)
-        moved = _guided(base, other, said, guide, [alphas[i] for i in places], [streams[i] for i in places])
+        base = chances_along(model, [prompts[i].ids for i in places], said, slot(model, None), banned)
+        other = chances_along(expert.model, [heard[i].ids for i in places], said, expert.speaking(), banned)
+        moved = guided_chances(base, other, said, guide, [alphas[i] for i in places], [streams[i] for i in places])
         moved = moved / moved.sum(-1, keepdim=True)  # a mixture on some candidates sums only nearly to 1
         return base[..., : moved.shape[-1]].clamp(min=TINY).log(), moved.clamp(min=TINY).log()
 

@@ -127,7 +127,7 @@ def load_adapter(folder: Path, model: Model) -> Model:
         UsageError: peft is missing, or the model wears an adapter already.
     """
     path = _adapter_folder(existing(folder))
-    foreign = None if (path / IDENTITY).is_file() or not is_adapter(path) else read(path, ("LORA",))
+    foreign = _foreign(path)
     peft = load_peft()
     _require_bare(model)
     if foreign:
@@ -256,11 +256,13 @@ def identity(folder: Path) -> ExpertIdentity:
 def adapter_identity(folder: Path) -> str:
     """Hash of what an adapter is, trained here or elsewhere; raises as `identity` does."""
     path = _adapter_folder(existing(folder))
-    return (
-        read(path, ("LORA",)).identity
-        if not (path / IDENTITY).is_file() and is_adapter(path)
-        else identity(folder).seal
-    )
+    foreign = _foreign(path)
+    return foreign.identity if foreign else identity(folder).seal
+
+
+def _foreign(path: Path) -> Adapter | None:
+    """The adapter in `path` where it was trained elsewhere: it has no `expert.json`."""
+    return None if (path / IDENTITY).is_file() or not is_adapter(path) else read(path, ("LORA",))
 
 
 def _adapter_folder(folder: Path) -> Path:
