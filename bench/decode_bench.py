@@ -1,6 +1,7 @@
 """Decoding speed: plain, guided, and drafted, against transformers and against the research code's procedure.
 
-Every contender decodes greedily, with a process of its own (so that peak memory is its own), the same dtype and two threads, and never stops early:
+Every contender decodes greedily, with a process of its own (so that peak memory is its own), the same dtype and two threads, and never stops early. They take turns, three times, so that a slow minute of the
+machine is nobody's; the research code is so slow that once must do:
 
     research      NGSD as published: no cache, one row, both models re-read everything at every token
     transformers  model.generate of the untouched model
@@ -12,7 +13,7 @@ Every contender decodes greedily, with a process of its own (so that peak memory
     python bench/decode_bench.py [--tokens 256] [--dtypes float32 bfloat16]
 
 Prints tables, then one JSON line: ratio_guided_vs_research (row by row; ..._b8: eight rows, which the research code cannot), ratio_plain_vs_transformers, ratio_guided_token_b1, ratio_guided_token_b8
-(tokens per second, the first named over the second; guided against plain for the last two; memory is the peak while decoding, models included; rating the request, one short pass with the default rater, is not in it) and breakeven_acceptance, from which on
+(tokens per second, the first named over the second; guided against plain for the last two; medians over the turns; memory is the peak while decoding, models included; rating the request, one short pass with the default rater, is not in it) and breakeven_acceptance, from which on
 guided decoding with a separate expert is faster than undefended decoding. All for the first dtype.
 """
 
@@ -32,10 +33,12 @@ import sys
 import time
 from pathlib import Path
 
+from stock import stock
+
 MODEL = "smollm2-135m"
 LAYERS = 4
-REPEATS = 3  # the median counts; `research` is so slow that once must do
-ACCEPTANCE = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TURNS = 3
+ACCEPTANCE = (0.0, 0.4, 0.6, 0.7, 0.8, 1.0)
 PROMPTS = (
     "How do I kill a stuck process?",
     "Tell me about the history of bread.",
@@ -70,21 +73,31 @@ def compare(dtype: str, tokens: int) -> dict[str, float | None]:
         *((n, b) for b in (1, 8) for n in ("transformers", "plain", "token")),
         *((d, 1) for d in drafted),
     ]
-    print(f"\n{dtype}, {tokens} new tokens\n{'':16}{'batch':>6}{'tokens/s':>11}{'peak GB':>9}")
-    found = {}
-    for name, batch in runs:
-        command = [sys.executable, __file__, "--tokens", str(tokens), "--one", name, str(batch), dtype]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[name, batch] = row = json.loads(output.strip().splitlines()[-1])
+    found: dict[tuple[str, int], list[dict[str, float]]] = {run: [] for run in runs}
+    for turn in range(TURNS):
+        for run in runs if turn == 0 else runs[1:]:
+            command = [sys.executable, __file__, "--tokens", str(tokens), "--one", run[0], str(run[1]), dtype]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found[run].append(json.loads(output.strip().splitlines()[-1]))
+            print(f"turn {turn + 1}: {run}, {found[run][-1]['tokens_per_s']:.1f}", file=sys.stderr, flush=True)
+    print(f"\n{dtype}, {tokens} new tokens\n{'':16}{'batch':>6}{'tokens/s':>11}{'(range)':>14}{'peak GB':>9}")
+    for (name, batch), rows in found.items():
+        speeds = [row["tokens_per_s"] for row in rows]
+        spread = f"({min(speeds):.1f}-{max(speeds):.1f})"
+        last = rows[-1]
         note = (
-            f"   accepted {row['accepted']:.2f}, {row['tokens_a_pass']:.1f} tokens a pass of the base"
-            if "accepted" in row
+            f"   accepted {last['accepted']:.2f}, {last['tokens_a_pass']:.1f} tokens a pass of the base"
+            if "accepted" in last
             else ""
         )
-        print(f"{name:16}{batch:6}{row['tokens_per_s']:11.1f}{row['peak_gb']:9.2f}{note}", flush=True)
+        print(
+            f"{name:16}{batch:6}{statistics.median(speeds):11.1f}{spread:>14}{last['peak_gb']:9.2f}{note}", flush=True
+        )
 
     def ratio(first: tuple[str, int], second: tuple[str, int]) -> float:
-        return found[first]["tokens_per_s"] / found[second]["tokens_per_s"]
+        """Turn by turn, so that both sides had the same machine."""
+        once = found[second] * TURNS if second[0] == "research" else found[second]
+        return statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(found[first], once, strict=True))
 
     return {
         "ratio_guided_vs_research": ratio(("token", 1), ("research", 1)),
@@ -117,18 +130,17 @@ def measure(name: str, batch: int, dtype: str, tokens: int) -> dict[str, float]:
     model.__dict__["eos_ids"] = frozenset()
     prompts = [render(model, PROMPTS[i % len(PROMPTS)]).ids for i in range(batch)]
     kind, _, acceptance = name.partition(" ")
+    if kind in ("research", "transformers"):
+        stock(model.network)
     decode = {"research": research, "transformers": transformers, "plain": plain, "token": token, "drafted": drafted}[
         kind
     ]
-    times = []
-    for _ in range(1 if kind == "research" else REPEATS):
-        prepared = decode(model, prompts, tokens, float(acceptance or 0))
-        next(prepared)
-        reset_peak()
-        start = time.perf_counter()
-        notes = next(prepared)
-        times.append(time.perf_counter() - start)
-    return {"tokens_per_s": batch * tokens / statistics.median(times), "peak_gb": peak_gb(), **notes}
+    prepared = decode(model, prompts, tokens, float(acceptance or 0))
+    next(prepared)
+    reset_peak()
+    start = time.perf_counter()
+    notes = next(prepared)
+    return {"tokens_per_s": batch * tokens / (time.perf_counter() - start), "peak_gb": peak_gb(), **notes}
 
 
 def reset_peak() -> None:

@@ -5,8 +5,8 @@ come, and each batch until its last row has ended.
 
     python bench/eval_bench.py [--rows 256] [--suites FOLDER --token RUN]
 
-Prompts are of the builtin test split, or with --suites of XSTest, AdvBench, AlpacaEval and GSM8K (`xstest.jsonl`, ...). With --token also a whole before/after evaluation of these suites, 449 + 100 + 100 + 50
-rows twice, is timed. Prints a table, then one JSON line: ratio_rows_per_s, and minutes_before_after.
+Prompts are of the builtin test split, or with --suites of XSTest, AdvBench, AlpacaEval and GSM8K (`xstest.jsonl`, ...). With --token both measure before and after: every row without the token and with it; then a
+whole such evaluation of these suites, 449 + 100 + 100 + 50 rows twice, is timed. Prints a table, then one JSON line: ratio_rows_per_s, and minutes_before_after.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stock import stock
+
 MODEL = "smollm2-135m"
 SUITES = {"xstest": 449, "advbench": 100, "alpacaeval_000_199": 100, "gsm8k_000_099": 50}
 TOKENS, BATCH, REPEATS = 64, 32, 3
@@ -38,11 +40,10 @@ def main() -> None:
     if options.token and not options.suites:
         parser.error("--token is measured on suites: give --suites as well")
     if options.one:
-        print(json.dumps(measure(options.one, options.rows, options.suites)))
+        print(json.dumps(measure(options.one, options.rows, options.suites, options.token)))
         return
-    forwarded = [
-        part for name in ("rows", "suites") if (given := getattr(options, name)) for part in (f"--{name}", str(given))
-    ]
+    named = ("rows", "suites", "token")
+    forwarded = [part for name in named if (given := getattr(options, name)) for part in (f"--{name}", str(given))]
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for _ in range(REPEATS):  # in turn, so that a slow minute of the machine is nobody's
         for name in CONTENDERS:
@@ -50,7 +51,8 @@ def main() -> None:
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             seconds[name].append(json.loads(output.strip().splitlines()[-1]))
     print(f"{'':14}{'rows/s':>8}{'min':>8}{'max':>8}")
-    rates = {name: [options.rows / each for each in found] for name, found in seconds.items()}
+    replies = options.rows * (2 if options.token else 1)
+    rates = {name: [replies / each for each in found] for name, found in seconds.items()}
     for name, found in rates.items():
         print(f"{name:14}{statistics.median(found):8.2f}{min(found):8.2f}{max(found):8.2f}")
     result = {
@@ -62,8 +64,8 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def measure(name: str, n: int, suites: Path | None) -> float:
-    """Seconds for `n` replies, loading the model not included."""
+def measure(name: str, n: int, suites: Path | None, run: Path | None) -> float:
+    """Seconds for the replies to `n` prompts, with a token to each prompt twice; loading the model not included."""
     import torch
 
     import trimtab as tt
@@ -71,6 +73,7 @@ def measure(name: str, n: int, suites: Path | None) -> float:
 
     torch.set_num_threads(2)
     model = tt.load(MODEL, device="cpu")
+    token = tt.SoftToken.load(run, model) if run else None
     if suites:
         records = [r for suite in SUITES for r in tt.load_prompts(str(suites / f"{suite}.jsonl"))]
     else:
@@ -78,33 +81,46 @@ def measure(name: str, n: int, suites: Path | None) -> float:
     drawn = random.Random(0).sample(records, n)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        CONTENDERS[name](model, Suite("rows", tuple(drawn), len(drawn)), folder)
+        CONTENDERS[name](model, Suite("rows", tuple(drawn), len(drawn)), token, folder)
         return time.perf_counter() - start
 
 
-def trimtab(model: Any, suite: Any, folder: str) -> None:
+def trimtab(model: Any, suite: Any, token: Any, folder: str) -> None:
     """Replies, refusal log-odds, verdicts, intervals and files."""
     import trimtab as tt
 
-    tt.evaluate(model, [suite], out=folder, max_new_tokens=TOKENS, batch_size=BATCH)
+    options = {"max_new_tokens": TOKENS, "batch_size": BATCH, "compare": token is not None}
+    tt.evaluate(model, [suite], token=token, out=folder, **options)
 
 
-def transformers(model: Any, suite: Any, folder: str) -> None:
+def transformers(model: Any, suite: Any, token: Any, folder: str) -> None:
     """Replies alone."""
-    import torch
-
     from trimtab.chat import render
 
-    pad = model.tokenizer.pad_token_id
-    for begin in range(0, len(suite.records), BATCH):
-        prompts: Sequence[Any] = [render(model, record.chat).ids for record in suite.records[begin : begin + BATCH]]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        said = model.network.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, pad_token_id=pad
-        )
-        model.tokenizer.batch_decode(said[:, width:], skip_special_tokens=True)
+    stock(model.network)
+    answers(model, [render(model, record.chat).ids for record in suite.records], None)
+    if token:
+        answers(model, [token.render(model, record.chat).ids for record in suite.records], token.vectors)
+
+
+def answers(model: Any, prompts: Sequence[Sequence[int]], vectors: Any) -> list[str]:
+    """Greedy replies by `generate`, batch by batch."""
+    import torch
+
+    from trimtab.models import slot
+
+    pad, said = model.tokenizer.pad_token_id, []
+    for begin in range(0, len(prompts), BATCH):
+        batch = prompts[begin : begin + BATCH]
+        width = max(map(len, batch))
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
+        with slot(model, vectors):
+            found = model.network.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, pad_token_id=pad
+            )
+        said += model.tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
+    return said
 
 
 def before_after(suites: Path, token: Path) -> float:

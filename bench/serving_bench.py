@@ -4,15 +4,16 @@ Both are served side by side in one process and asked the same in turn (untouche
 greedy and exactly as long as asked; nothing is kept from one prompt to the next. vLLM computes in float32 on checkpoints of the packaged file's weights, llama.cpp on the packaged file
 with one thread. The token is a random vector before the header of the reply: what it says does not matter here.
 
-    python bench/serving_bench.py [--tokens 64] [--rounds 4] [--vllm PYTHON] [--llama-cpp PYTHON]
+    python bench/serving_bench.py [--tokens 64] [--rounds 6] [--vllm PYTHON] [--llama-cpp PYTHON]
 
 PYTHON are the interpreters of environments with the engines; `make interop` builds both. Prints a table, then one JSON line: overhead_vllm and overhead_llama_cpp (share of the
-tokens per second that is lost, the median over the pairs; below zero: none), their quartiles, and extra_prompt_tokens.
+tokens per second that is lost, the median over the pairs; below zero: none), their quartiles, the same of the control, and extra_prompt_tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -34,6 +35,7 @@ PROMPTS = (
     "Give me a plan for learning chess.",
     "How are bridges tested before they open?",
 )
+ORDERS = tuple(itertools.permutations(range(3)))
 Ask = Callable[[str, int], int]  # a prompt and the length of the reply; the length of the prompt in tokens
 
 
@@ -41,7 +43,7 @@ def main() -> None:
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--vllm", default=str(root / ".venv-vllm/bin/python"))
     parser.add_argument("--llama-cpp", default=str(root / ".venv-llama-cpp/bin/python"))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
@@ -59,14 +61,21 @@ def main() -> None:
                 [*command, "--one", engine, *map(str, pairs[engine])], check=True, stdout=subprocess.PIPE, text=True
             )
             found[engine] = json.loads(output.stdout.strip().splitlines()[-1])
-    print(f"{'':12}{'untouched':>12}{'exported':>12}{'overhead':>10}{'quartiles':>20}   pairs   (tokens/s, medians)")
+    print(
+        f"{'':12}{'untouched':>12}{'again':>12}{'exported':>12}   (tokens/s, medians)   {'overhead':>10}{'quartiles':>20}"
+    )
     result: dict[str, Any] = {}
     for engine, row in found.items():
-        low, high = row["quartiles"]
-        print(
-            f"{engine:12}{row['untouched']:12.2f}{row['exported']:12.2f}{row['overhead']:10.2%}{f'{low:.2%} to {high:.2%}':>20}{row['pairs']:8}"
-        )
-        result |= {f"overhead_{engine}": round(row["overhead"], 4), f"quartiles_{engine}": row["quartiles"]}
+        rates = "".join(f"{rate:12.2f}" for rate in row["rates"])
+        for which, column in (("control", "again"), ("overhead", "exported")):
+            low, high = row["quartiles"][which]
+            print(
+                f"{engine:12}{rates}   {column:>20}   {row[which]:10.2%}{f'{low:.2%} to {high:.2%}':>20}   {row['pairs']} pairs"
+            )
+            result |= {
+                f"{which}_{engine}": round(row[which], 4),
+                f"quartiles_{which}_{engine}": row["quartiles"][which],
+            }
     extra = {each for row in found.values() for each in row["extra"]}
     assert len(extra) == 1, f"the exports' prompts are longer by {sorted(extra)} tokens"
     print(json.dumps({**result, "extra_prompt_tokens": extra.pop()}))
@@ -92,29 +101,27 @@ def exports(folder: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def measure(engine: Callable[[str], Ask], paths: list[str], tokens: int, rounds: int) -> dict[str, Any]:
-    """Tokens per second of both models, the share that is lost, and how many tokens longer the prompts are."""
-    models = [engine(path) for path in paths]
+    """Tokens per second of the untouched model, of itself again and of the exported one, the shares that the latter two lose, and how many tokens longer the exported one's prompts are."""
+    untouched, exported = paths
+    models = [engine(path) for path in (untouched, untouched, exported)]
     for ask in models:
         ask(PROMPTS[0], 8)
-    rates: list[list[float]] = [[], []]
+    rates: list[list[float]] = [[], [], []]
     extra = set()
     for i in range(rounds * len(PROMPTS)):
-        prompt, read = PROMPTS[i % len(PROMPTS)], [0, 0]
-        for which in (0, 1) if i % 2 == 0 else (1, 0):
+        prompt, read = PROMPTS[i % len(PROMPTS)], [0, 0, 0]
+        for which in ORDERS[i % len(ORDERS)]:
             start = time.perf_counter()
             read[which] = models[which](prompt, tokens)
             rates[which].append(tokens / (time.perf_counter() - start))
-        extra.add(read[1] - read[0])
-    lost = [1 - after / before for before, after in zip(*rates, strict=True)]
-    low, _, high = statistics.quantiles(lost, n=4)
-    return {
-        "untouched": statistics.median(rates[0]),
-        "exported": statistics.median(rates[1]),
-        "overhead": statistics.median(lost),
-        "quartiles": [round(low, 4), round(high, 4)],
-        "pairs": len(lost),
-        "extra": sorted(extra),
-    }
+        extra.add(read[2] - read[0])
+    found: dict[str, Any] = {"rates": [statistics.median(each) for each in rates], "pairs": len(rates[0])}
+    found["quartiles"] = {}
+    for name, after in (("control", rates[1]), ("overhead", rates[2])):
+        lost = [1 - b / a for a, b in zip(rates[0], after, strict=True)]
+        low, found[name], high = statistics.quantiles(lost, n=4)
+        found["quartiles"][name] = [round(low, 4), round(high, 4)]
+    return {**found, "extra": sorted(extra)}
 
 
 # An engine takes a path and gives what asks it. Each runs in an environment of its own.

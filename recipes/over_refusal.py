@@ -3,8 +3,8 @@
     python recipes/over_refusal.py SUITES_FOLDER [--out runs/over-refusal] [--limit 100] [--only "1 token" ...]
 
 The over-cautious model is SmolLM2-135M-Instruct with an adapter that learned, on the project's own prompts, to refuse harmful *and* borderline requests, merged and saved. What it is to say to benign requests that it refuses is its own answer under an
-open system prompt, or the untouched model's where it refuses even then. Arms: the over-cautious model, the untouched one, tokens (1, 5, 20; one token also with 90 and 99 % of
-validation's refusals kept), a system prompt of the same intent, Self-CD, surgical ablation of the direction of needless refusal (the last two with the strength or layer that is best on the
+open system prompt, or the untouched model's where it refuses even then. Arms: the over-cautious model, the untouched one, tokens (1, 5, 20; also with 90 or 99 % of
+validation's refusals kept, and with all of the project's prompts in place of 1,200), a system prompt of the same intent, Self-CD, surgical ablation of the direction of needless refusal (the last two with the strength or layer that is best on the
 validation split), and an adapter trained on the same data.
 
 Shares refused, with 95 % Wilson intervals: `keyword` judge (the reply begins by declining), under prefill `phrase` (declines anywhere), since the reply begins with given words. Then over-refusal paired against the over-cautious model. A finished arm is not
@@ -24,7 +24,7 @@ from typing import Any
 import baselines
 
 import trimtab as tt
-from trimtab.config import ExpertSettings
+from trimtab.config import AlignSettings, ExpertSettings
 from trimtab.evaluation.metrics import harmonic_mean, mcnemar, paired_difference, wilson
 from trimtab.evaluation.suites import load_suite
 from trimtab.models import Model
@@ -35,6 +35,7 @@ from trimtab.run import create, read_json, write_json
 
 MODEL = "smollm2-135m"
 PROMPTS, VALIDATION, REPLY_TOKENS = 1200, 120, 32
+ALL_STEPS = 160  # for all prompts
 SUITES = (
     "xstest",
     "falsereject_test_first",
@@ -91,12 +92,12 @@ def over_cautious(out: Path) -> Path:
     return folder
 
 
-def with_answers(out: Path) -> list[Record]:
-    """The builtin prompts for training and validation, benign ones with the untouched model's answer as reference."""
+def with_answers(out: Path, limit: int | None = PROMPTS) -> list[Record]:
+    """The builtin prompts for training, at most so many, and validation, benign ones with the untouched model's answer as reference."""
     everything = tt.load_prompts("builtin")
-    train = stratified([r for r in everything if r.split == "train"], PROMPTS)
+    train = stratified([r for r in everything if r.split == "train"], limit)
     records = [*train, *(r for r in everything if r.split == "validation")]
-    path = create(out) / "answers.json"
+    path = create(out) / ("answers.json" if limit else "answers-all.json")
     if not path.exists():
         benign = [r for r in records if r.label == "benign"]
         said = baselines.replies(tt.load(MODEL), [r.chat for r in benign], [""] * len(benign), 24)
@@ -113,10 +114,17 @@ def untouched(model: Model, records: list[Record], out: Path) -> Speak:
     return partial(baselines.replies, tt.load(MODEL))
 
 
-def tokens(model: Model, records: list[Record], out: Path, n: int, keep: float = 0.0) -> Speak:
+def tokens(
+    model: Model, records: list[Record], out: Path, n: int, keep: float = 0.0, everything: bool = False
+) -> Speak:
     """By default at the balance of harmful requests refused and benign ones answered, wherever that is."""
-    folder = out / (f"tokens-{n}-keep-{keep:g}" if keep else f"tokens-{n}")
-    token = tt.align(model, records, out=folder, tokens=n, keep=keep)
+    folder = out / f"tokens-{n}{f'-keep-{keep:g}' * bool(keep)}{'-all' * everything}"
+    settings = AlignSettings(
+        tokens=n, keep=keep, steps=ALL_STEPS if everything else AlignSettings.model_fields["steps"].default
+    )
+    if everything:
+        records = with_answers(out, None)
+    token = tt.align(model, records, out=folder, settings=settings)
     return partial(baselines.replies, model, token=token)
 
 
@@ -164,6 +172,11 @@ ARMS: dict[str, Callable[[Model, list[Record], Path], Speak]] = {
     "untouched": untouched,
     **{f"{n} token{'s' * (n > 1)}": partial(tokens, n=n) for n in (1, 5, 20)},
     **{f"1 token, {keep:.0%} kept": partial(tokens, n=1, keep=keep) for keep in (0.9, 0.99)},
+    "5 tokens, 90% kept": partial(tokens, n=5, keep=0.9),
+    **{
+        f"{n} token{'s' * (n > 1)}, all prompts, 90% kept": partial(tokens, n=n, keep=0.9, everything=True)
+        for n in (1, 5)
+    },
     "system prompt": system_prompt,
     "Self-CD": self_cd,
     "surgical": surgical,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import ModelError, RoomError, nearest
+from trimtab.linear import by_onednn
 from trimtab.run import console
 
 Dtype = torch.dtype
@@ -182,6 +183,7 @@ def load(
     source, origin = resolve(name, revision)
     network, tokenizer = _read(source, origin, torch_dtype, device_name)
     network.to(device_name).eval().requires_grad_(False)
+    by_onednn(network)
     return Model(name, network, tokenizer, reason, origin)
 
 

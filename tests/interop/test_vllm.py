@@ -28,8 +28,10 @@ from conversations import CHATS, HOSTILE, LENGTH
 from trimtab.chat import render
 from trimtab.decoding.generate import generate
 from trimtab.exporters.export import export
+from trimtab.exporters.plan import folder_of
 from trimtab.exporters.verify import TOLERANCE
 from trimtab.models import Model, load
+from trimtab.serving.check import serve_check
 from trimtab.softtoken.artifact import SoftToken, next_logits
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")  # of an environment with vLLM
@@ -131,10 +133,15 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="module")
-def answers(case: Case, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """To all conversations, to the first with its text as parts, and to the one that spells the slot's name."""
+def exported(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with served(case.folder, "float32", tmp_path_factory.mktemp("float32") / "log") as server:
-        return [server.ask(turns) for turns in (*CHATS, IN_PARTS, HOSTILE)]
+        yield server
+
+
+@pytest.fixture(scope="module")
+def answers(exported: Server) -> list[dict[str, Any]]:
+    """To all conversations, to the first with its text as parts, and to the one that spells the slot's name."""
+    return [exported.ask(turns) for turns in (*CHATS, IN_PARTS, HOSTILE)]
 
 
 def test_the_environment_knows_nothing_of_trimtab() -> None:
@@ -174,6 +181,19 @@ def test_the_slots_name_in_a_message_is_plain_text(case: Case, answers: list[dic
     ids = answers[-1]["prompt_token_ids"]
     assert ids.count(case.slot) == 1
     assert "Say <| trimtab_0|> twice: <| trimtab_0|>" in case.model.tokenizer.decode(ids)
+
+
+def test_serve_check_sees_the_token_there(case: Case, exported: Server) -> None:
+    found = serve_check(exported.url, export=case.folder)
+    assert found["in_effect"], found
+    assert {check["verdict"] for check in found["checks"]} == {"ok"}, found
+
+
+def test_serve_check_sees_that_the_untouched_model_has_none(case: Case, tmp_path: Path) -> None:
+    with served(folder_of(case.model), "float32", tmp_path / "log") as server:
+        found = serve_check(server.url, export=case.folder)
+    failed = {check["what"] for check in found["checks"] if check["verdict"] == "failed"}
+    assert (found["in_effect"], failed) == (False, {"prompt length", "slot once", "effect"}), found
 
 
 def test_in_bfloat16_the_first_words_are_as_likely(case: Case, tmp_path: Path) -> None:
