@@ -1,6 +1,6 @@
 """Export of a checkpoint that memory cannot hold, against `cp -r` of the same folder.
 
-Makes a sharded Llama-type checkpoint of random bfloat16 tensors (`--gb`, 8 if not given, written shard by shard), and a random token for it. Then in turn, twice each:
+Makes a sharded Llama-type checkpoint of random bfloat16 tensors (`--gb`, 8 if not given, written shard by shard), and a random token for it. Then in turn, four times each:
 
 - `cp -r` of the folder, and `sync`;
 - the whole of `trimtab export RUN --no-verify`, in a process of its own that is told it has 1 GB of memory: starting Python, checking the token's fingerprint on
@@ -11,7 +11,7 @@ Both read what the other has read, so that the page cache treats them alike; wha
 
     python bench/export_bench.py [--gb 8] [--folder DIR] [--skip-smollm2]
 
-Prints a table, then one JSON line: ratio_cp (cp's seconds / the export's, best of two, higher is better), ratio_cp_copying (the same for `write_weights`), peak_gb (of
+Prints a table, then one JSON line: ratio_cp (cp's seconds / the export's, best of four, higher is better), ratio_cp_copying (the same for `write_weights`), peak_gb (of
 the exporting process), seconds_smollm2.
 """
 
@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 
 HIDDEN, WORDS, SHARD = 4096, 128_000, 4  # layers in a shard
+TURNS = 4
 LAYER = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * 14336)  # bytes of its matrices
 
 
@@ -54,7 +55,7 @@ def main() -> None:
         subprocess.run(own, check=True)
         size = sum(path.stat().st_size for path in (folder / "model").iterdir())
         found: dict[str, list[dict[str, float]]] = {"cp": [], "export": [], "copying": []}
-        for _ in range(2):
+        for _ in range(TURNS):
             for one, rows in found.items():
                 rows.append(copied(folder) if one == "cp" else child(folder, one))
                 shutil.rmtree(folder / "out")

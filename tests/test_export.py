@@ -292,7 +292,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trimtab.exporters.huggingface.copy_file", full)
+    monkeypatch.setattr("trimtab.exporters.huggingface.copy_shard", full)
     monkeypatch.setattr("trimtab.exporters.huggingface.rewrite", full)
     with pytest.raises(RunError, match=r"No space left on device\n.*Free some room"):
         export(model, token, tmp_path / "out")

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from trimtab.errors import ExportError
-from trimtab.exporters.checkpoint import INDEX, Rows, copy_file, rewrite, shards, tensors, total_bytes, write_index
+from trimtab.exporters.checkpoint import (
+    INDEX,
+    Rows,
+    copy_file,
+    copy_shard,
+    rewrite,
+    shards,
+    tensors,
+    total_bytes,
+    write_index,
+)
 from trimtab.exporters.plan import Plan
 from trimtab.models import Model
 from trimtab.run import progress, write_json
 from trimtab.softtoken.artifact import SoftToken
+
+WRITERS = 2  # shards at a time: one is copied while another reaches the disk
 
 
 def write_weights(found: Plan, token: SoftToken, scratch: Path, silent: Tensor) -> None:
@@ -31,15 +45,28 @@ def write_weights(found: Plan, token: SoftToken, scratch: Path, silent: Tensor) 
         changed[found.head] = Rows(vectors if found.tied else quiet, total)
     size = total_bytes(list(found.tensors.values()))
     file = found.tensors[found.embedding].file.name
-    with progress("writing weights", size // 1000) as advance:
-        for path in shards(found.source):
-            mine = {name: rows for name, rows in changed.items() if found.tensors[name].file == path}
-            new = added if path.name == file else {}
-            if not mine and not new:
-                copy_file(path, scratch / path.name)
-                advance(path.stat().st_size // 1000)
-                continue
-            rewrite(path, scratch / path.name, mine, new, lambda done: advance(done // 1000))
+    stopped = threading.Event()
+
+    def write(path: Path) -> None:
+        def advanced(done: int) -> None:
+            if stopped.is_set():
+                raise ExportError("writing was stopped.")
+            advance(done // 1000)
+
+        mine = {name: rows for name, rows in changed.items() if found.tensors[name].file == path}
+        new = added if path.name == file else {}
+        if mine or new:
+            rewrite(path, scratch / path.name, mine, new, advanced)
+        else:
+            copy_shard(path, scratch / path.name, advanced)
+
+    with progress("writing weights", size // 1000) as advance, ThreadPoolExecutor(WRITERS) as pool:
+        try:
+            for _ in pool.map(write, shards(found.source)):
+                pass
+        except BaseException:  # Ctrl-C too: what else is being written ends at its next piece
+            stopped.set()
+            raise
     if (found.source / INDEX).is_file():
         # The index as it was is needed to find the shards again.
         copy_file(found.source / INDEX, scratch / INDEX)

@@ -63,7 +63,6 @@ def _compare(model: Model, token: SoftToken, folder: Path, exported: Model, dtyp
     """As `verify`, with what an engine makes of the folder."""
     name = str(model.dtype).removeprefix("torch.")
     rounded = replace(token, vectors=token.vectors.to(dtype).float())
-    worst = effect = rounding = 0.0
     probes = _probes(model, token)
     prompts = [_ids(exported, turns, token) for turns in probes]
     slots = set(model.slot_ids(len(token.vectors)))
@@ -71,16 +70,18 @@ def _compare(model: Model, token: SoftToken, folder: Path, exported: Model, dtyp
         if ids != token.render(model, turns).ids:
             raise ExportError(f"{folder}: its chat template gives other ids than in training for {turns}.")
     replies = _replies(exported, prompts)
-    with_token, greedy = _follow(model, prompts, replies, rounded.vectors)
-    for turns, ids, hooked in zip(probes, prompts, with_token, strict=True):
-        stored = next_logits(exported, ids, None)
-        exact = hooked if rounded.vectors.equal(token.vectors) else next_logits(model, ids, token.vectors)
-        plain = next_logits(model, render(model, turns, template_args=token.template_args).ids, None)
-        common = [i for i in range(len(plain)) if i not in slots]
-        hooked, stored, exact, plain = (each[common] for each in (hooked, stored, exact, plain))
-        worst = max(worst, float((hooked - stored).abs().max()))
-        rounding = max(rounding, float((hooked - exact).abs().max()))
-        effect += _kl(plain, stored) / len(probes)
+    # All in batches of one shape, so that what differs is the weights and not the order of sums.
+    stored, _ = _follow(exported, prompts, replies, None)
+    hooked, greedy = _follow(model, prompts, replies, rounded.vectors)
+    same_row = rounded.vectors.equal(token.vectors)
+    exact = hooked if same_row else _follow(model, prompts, replies, token.vectors)[0]
+    untouched = [render(model, turns, template_args=token.template_args).ids for turns in probes]
+    plain, _ = _follow(model, untouched, [()] * len(probes), None)
+    common = [i for i in range(plain.shape[-1]) if i not in slots]
+    stored, hooked, exact, plain = (each[:, common] for each in (stored, hooked, exact, plain))
+    worst = float((hooked - stored).abs().max())
+    rounding = float((hooked - exact).abs().max())
+    effect = sum(map(_kl, plain, stored)) / len(probes)
     if not worst <= TOLERANCE[model.dtype]:
         raise ExportError(
             f"{folder}: its logits are not those of the token on its model: they differ by up to {worst:.2e} ({name}, tolerance {TOLERANCE[model.dtype]:g})."
@@ -279,14 +280,14 @@ def _replies(exported: Model, prompts: Sequence[tuple[int, ...]]) -> list[tuple[
 
 @torch.inference_mode()
 def _follow(
-    model: Model, prompts: Sequence[tuple[int, ...]], replies: Sequence[tuple[int, ...]], vectors: Tensor
+    model: Model, prompts: Sequence[tuple[int, ...]], replies: Sequence[tuple[int, ...]], vectors: Tensor | None
 ) -> tuple[Tensor, list[bool]]:
     """Logits `[n, V]` after the prompts, with `vectors` in the slot, and whether each reply is the greedy one there, its end included.
 
     The replies are read, not generated anew: where each of its tokens is the likeliest behind those before, a reply is the greedy one.
     """
     longest = 1 + max(len(reply) for reply in replies)
-    with slot(model, vectors.to(model.device)):
+    with slot(model, None if vectors is None else vectors.to(model.device)):
         read = [(*ids, *reply) for ids, reply in zip(prompts, replies, strict=True)]
         logits = forward(model, read, Past.empty(len(read), model.device), longest)
     first = torch.stack([logits[i, -1 - len(reply)] for i, reply in enumerate(replies)])
