@@ -68,7 +68,7 @@ class AlignSettings(Settings):
     """Steps between looks at the validation split; there is always one at the end."""
     calibration_steps: int = Field(default=8, ge=0)
     """Steps at the end that balance harmful against benign; 0 leaves them out."""
-    keep: float = Field(default=0.0, ge=0, le=1)
+    keep: float = Field(default=0.99, ge=0, le=1)
     """Share to keep of the refusals of harmful validation requests that the model had before, if there is any way; 0 asks for the balance alone."""
 
 

@@ -46,7 +46,9 @@ def align(
     benign_weight: Annotated[float | None, typer.Option(help="lambda: share of the benign loss, 0 to 1 [0.8]")] = None,
     keep: Annotated[
         float | None,
-        typer.Option(help="share to keep of the refusals that the model had of harmful requests; 0: balance alone [0]"),
+        typer.Option(
+            help="share to keep of the refusals that the model had of harmful requests; 0: balance alone [0.99]"
+        ),
     ] = None,
     gamma: Annotated[float | None, typer.Option(help="focal exponent; 0 is plain training [0]")] = None,
     focal: Annotated[str | None, typer.Option(help="which samples count most: hard or easy [hard]")] = None,
