@@ -86,7 +86,7 @@ def main() -> None:
         token = align.align(model, records, out=out, settings=settings)
         chats = [record.chat for record in load_prompts("builtin", split="test")[:HEARD]]
         prompts = [token.render(model, turns) for chat in chats if (turns := in_place(model, token, chat))]
-        heard = states(model, token, prompts)
+        heard = torch.cat(states(model, token, prompts))
         after = json.loads((out / "manifest.json").read_text())["validation"]["after"]
         tied = loudest(model, heard, token.vectors)
         print(json.dumps({"variant": variant, "tied": tied, "places": len(heard), **after}), flush=True)
