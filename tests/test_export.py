@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -297,6 +299,27 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(RunError, match=r"No space left on device\n.*Free some room"):
         export(model, token, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_one_shard_that_fails_stops_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharded = saved(tmp_path / "sharded", shard="20KB")
+    spoken = SoftToken.of(sharded, vectors_for(sharded, 1, 8.0), "assistant")
+    turn, ended = itertools.count(), []
+
+    def copied(path: Path, target: Path, advance: Callable[[int], None]) -> None:
+        if next(turn) == 1:
+            raise OSError(28, "No space left on device")
+        for _ in range(3000):  # much longer than the other
+            advance(1)
+            time.sleep(0.001)
+        ended.append(path.name)
+
+    monkeypatch.setattr("trimtab.exporters.huggingface.copy_shard", copied)
+    with pytest.raises(RunError, match="No space left on device"):
+        export(sharded, spoken, tmp_path / "out")
+    assert next(turn) > 2
+    assert not ended
+    assert [path.name for path in tmp_path.iterdir()] == ["sharded"]
 
 
 def test_another_models_token_and_damaged_or_odd_files_are_refused(

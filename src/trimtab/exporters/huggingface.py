@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ def write_weights(found: Plan, token: SoftToken, scratch: Path, silent: Tensor) 
 
     with progress("writing weights", size // 1000) as advance, ThreadPoolExecutor(WRITERS) as pool:
         try:
-            for _ in pool.map(write, shards(found.source)):
-                pass
+            for done in as_completed([pool.submit(write, path) for path in shards(found.source)]):
+                done.result()
         except BaseException:  # Ctrl-C too: what else is being written ends at its next piece
             stopped.set()
             raise

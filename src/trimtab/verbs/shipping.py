@@ -42,10 +42,14 @@ def export(
     given = only_given(locals())
     from trimtab.config import ExportSettings, settle
     from trimtab.exporters.export import export_run
-    from trimtab.run import screen
+    from trimtab.run import console, screen
 
     settings = settle(ExportSettings, given, config)
-    finish(as_json, export_run(settings, screen(as_json)))
+    try:
+        finish(as_json, export_run(settings, screen(as_json)))
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {settings.out} is as it was")
+        raise
 
 
 def serve_check(
