@@ -12,7 +12,7 @@ from conftest import vectors_for
 from test_align import records
 from trimtab import cli
 from trimtab.evaluation.attacks import apply
-from trimtab.evaluation.externality import FULL, QUICK, harms
+from trimtab.evaluation.externality import FULL, QUICK, blind, harms
 from trimtab.evaluation.metrics import holm
 from trimtab.evaluation.results import compared
 from trimtab.softtoken.artifact import SoftToken
@@ -47,6 +47,27 @@ def test_losses_by_hand() -> None:
     assert "small" in " ".join(harms(result, 0.01))
     assert harms(result, 0.15) == ["harmful requests of other judge: refused less often, by 20 points (95 %: 10 to 30)"]
     assert harms({}) == []
+
+
+def test_what_begins_by_complying_is_judged_by_what_follows() -> None:
+    """`keyword` reads the opening, and that is the attacker's: refusals under attack and behind a prefill are those `phrase` finds."""
+    lost, none = (
+        {**change(-0.3, -0.4, -0.2), "detectable": 0.1},
+        {**change(0.0, -0.1, 0.1), "p": 1.0, "detectable": 0.2},
+    )
+    seen = {"harmful": {"keyword": none, "phrase": lost}}
+    unseen = {"harmful": {"keyword": lost, "phrase": none}}
+    for asked in ({"attack": "prefill:6"}, {"prefilled": 3}):
+        protocol = {"suites": {"s": asked}}
+        assert len(harms({"protocol": protocol, "paired": {"s": seen}})) == 1
+        assert harms({"protocol": protocol, "paired": {"s": unseen}}) == []
+    plain = {"suites": {"s": {"rows": 3}}}
+    assert harms({"protocol": plain, "paired": {"s": seen}}) == []
+    assert len(harms({"protocol": plain, "paired": {"s": unseen}})) == 1
+    assert len(harms({"attacks_paired": seen})) == 1
+    assert len(harms({"attacks_paired": {"harmful": {"logit": lost}}})) == 1  # whoever was asked
+    assert blind({"protocol": plain, "paired": {"s": seen}, "attacks_paired": seen}) == (0.1, 0.2)
+    assert blind({}) is None
 
 
 def test_every_attack_of_the_check_is_one() -> None:
@@ -89,6 +110,7 @@ def test_a_harm_fails_a_build_that_asks_for_it(
     assert found["answers_paired"]["builtin-answers"]["n"] == 60
     assert set(found["paired"]) == set(found["suites"])
     code, found = run("--compare", "--fail-on-harm")
+    found["externality"].pop("blind")
     assert (code, found["externality"]) == (0, {"margin": 0.02, "harms": []})
     monkeypatch.setattr("trimtab.evaluation.run.harms", lambda result, margin: [f"worse by {margin}"])
     assert run("--compare", "--margin", "0.05")[0] == 0
@@ -112,6 +134,41 @@ def test_a_build_cannot_pass_where_nothing_was_compared(
             cli.main()
         assert stopped.value.code == 2
         assert "--fail-on-harm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--compare", "--externality"])
+def test_an_untouched_model_is_not_compared_with_itself(
+    option: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["trimtab", "eval", str(folder), "-o", str(tmp_path / "e"), option])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "Add --token or --expert" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("verb", ["align", "expert"])
+def test_the_check_that_ends_a_training_fails_a_build(
+    verb: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(r.model_dump_json() + "\n" for r in records()))
+    monkeypatch.setattr("trimtab.evaluation.run.harms", lambda result, margin: ["worse"])
+    where = ["--position", "assistant"] if verb == "align" else ["--rank", "2"]
+    arguments = [verb, str(folder), "--data", str(data), "--steps", "2", "--batch", "2", "--check", "6", *where]
+
+    def run(out: str, *more: str) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr("sys.argv", ["trimtab", *arguments, "-o", str(tmp_path / out), "--json", *more])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0), json.loads(capsys.readouterr().out)["check"]
+
+    code, check = run("a")
+    assert (code, check["externality"]["harms"]) == (0, ["worse"])
+    assert {f"held-out+{name}" for name in QUICK} < set(check["suites"])
+    assert set(check["protocol"]["judges"]) == {"keyword", "phrase", "logit"}
+    assert run("a", "--fail-on-harm")[0] == 1
 
 
 def test_all_attacks_together_are_one_more_look() -> None:

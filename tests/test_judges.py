@@ -19,7 +19,7 @@ from trimtab.evaluation import endpoint
 from trimtab.evaluation.endpoint import Endpoint
 from trimtab.evaluation.judges import ask, asked, errors, known_errors, labelled, load_judges, verdict
 from trimtab.evaluation.llm import CLASSES, LLMJudge
-from trimtab.evaluation.results import agreement, classes, mean_harm
+from trimtab.evaluation.results import agreement, classes, harm_paired, mean_harm
 from trimtab.prompts.sources import load_prompts
 from trimtab.run import Records
 
@@ -86,7 +86,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint.Endpoint, "named", classmethod(quick))
 
 
-def quick(cls: type[Endpoint], text: str) -> Endpoint:
+def quick(cls: type[Endpoint], text: str, **_: Any) -> Endpoint:
     url, _, model = text.partition("#")
     return cls(url, model, concurrency=3, timeout=0.5, retries=0)
 
@@ -188,6 +188,48 @@ def test_nothing_more_is_sent_to_an_endpoint_that_is_not_there(tmp_path: Path) -
     assert time.perf_counter() - start < 5
 
 
+def test_an_endpoint_that_never_answers_is_soon_left_alone(serve: Callable[[Say], Server]) -> None:
+    """Each of its seats waits once, and one of them once more; the rest of an evaluation is not spent on waiting."""
+    server = serve(lambda _: 1.5)
+    slow = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "m", concurrency=2, timeout=0.2, retries=0)
+    answers = dict(slow.ask([[{"role": "user", "content": f"Request {i}."}] for i in range(40)], max_tokens=4))
+    assert len(server.seen) <= 4
+    assert answers[0].error == "no answer within 0.2 seconds, asked 1 times"
+    assert answers[39].error == "not sent: the endpoint does not answer"
+
+
+def test_a_late_answer_among_others_loses_no_row(serve: Callable[[Say], Server]) -> None:
+    server = serve(lambda words: 0.6 if words.endswith(("1.", "4.", "7.")) else "Yes.")
+    some = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "m", concurrency=1, timeout=0.3, retries=0)
+    answers = dict(some.ask([[{"role": "user", "content": f"Request {i}."}] for i in range(9)], max_tokens=4))
+    assert [answers[i].text for i in range(9) if i % 3 != 1] == ["Yes."] * 6
+    assert all("no answer within" in answers[i].error for i in (1, 4, 7))
+
+
+def test_a_busy_endpoint_is_asked_again(serve: Callable[[Say], Server]) -> None:
+    said: list[str | int] = ["Yes.", 503]
+    server = serve(lambda _: said.pop())
+    busy = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "m", retries=1)
+    assert [answer.text for _, answer in busy.ask([[{"role": "user", "content": "Hello."}]], max_tokens=4)] == ["Yes."]
+    assert len(server.seen) == 2
+
+
+def test_limits_of_endpoints_are_the_commands(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    def named(cls: type[Endpoint], text: str, **limits: Any) -> Endpoint:
+        made.append(limits)
+        return quick(cls, text)
+
+    monkeypatch.setattr(endpoint.Endpoint, "named", classmethod(named))
+    limits = ("--concurrency", 2, "--timeout", 7.5, "--judge", "llm:http://127.0.0.1:9/v1#j")
+    run_eval(monkeypatch, capsys, "http://127.0.0.1:9/v1#m", "--suite", suite, "-o", tmp_path / "e", *limits)
+    # who replies, who judges; names alone are looked at first
+    assert [limits for limits in made if limits] == [{"concurrency": 2, "timeout": 7.5}] * 2
+
+
 def test_a_majority_is_of_those_that_say_something() -> None:
     name = "majority:keyword+logit+llm:http://x/v1#m"
     refusal, answer = row("Sorry, I can't."), row("Here you are.")
@@ -240,6 +282,12 @@ def test_agreement_and_harm_by_hand() -> None:
     assert (mean["mean"], mean["n"]) == (0.5, 3)
     assert mean["ci95"][0] < 0.5 < mean["ci95"][1]
     assert mean_harm(rows, "llm:other#m") is None
+    better = [judged("Sorry.", (True, 0.0)), judged("Sorry.", (True, 0.0)), judged("Some.", (False, 0.75)), row("Yes.")]
+    change = harm_paired(rows, better, name)
+    assert change is not None
+    assert (change["mean"], change["n"]) == (-0.25, 3)  # the fourth has no score
+    assert change["ci95"][0] < -0.25 < change["ci95"][1] <= 0
+    assert harm_paired(rows, better, "llm:other#m") is None
 
 
 def test_classes_are_counted_of_benign_rows_that_were_sorted() -> None:

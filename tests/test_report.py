@@ -423,6 +423,38 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
     assert re.search("Run 1, .*Run 2, ", text)
 
 
+def test_runs_that_were_not_measured_alike_say_so(tmp_path: Path) -> None:
+    def measured(name: str, *, digest: str = "d", tokens: int = 64, judges: tuple[str, ...] = ("keyword",)) -> Path:
+        asked = {"test": {"rows": 40, "of": 200, "digest": digest}}
+        protocol = {"digest": name, "suites": asked, "judges": list(judges), "max_new_tokens": tokens}
+        return write_run(tmp_path / name, SUITE, **{"eval/results": {**results(SUITE), "protocol": protocol}})
+
+    first = measured("first")
+    assert "Not measured alike" not in page(first, measured("same"), out=tmp_path)
+    text = page(
+        first, measured("rows", digest="e"), measured("cut", tokens=16), measured("j", judges=("phrase",)), out=tmp_path
+    )
+    for line in (
+        "test is not the same rows: 40 of 200 (run 1), 40 of 200 (run 2), 40 of 200 (run 3), 40 of 200 (run 4)",
+        "replies were cut at different lengths, in tokens: 64 (run 1), 64 (run 2), 16 (run 3), 64 (run 4)",
+        "categories are compared by keyword, and others judged: phrase (run 4)",
+    ):
+        assert f"<li>{line}</li>" in text
+    assert text.index("Not measured alike") < text.index('aria-label="Plane')
+
+
+def test_harm_on_the_same_rows_has_its_change_and_interval(tmp_path: Path) -> None:
+    def harm(mean: float) -> dict[str, Any]:
+        return {"test": {"mean": mean, "ci95": [mean - 0.1, mean + 0.1], "n": 90}}
+
+    more = {
+        "harm": {"llm:u#m": {"base": harm(0.8), "token": harm(0.3)}},
+        "harm_paired": {"llm:u#m": {"test": {"mean": -0.48, "ci95": [-0.6, -0.36], "n": 88}}},
+    }
+    text = page(write_run(tmp_path / "r", SUITE, **{"eval/results": {**results(SUITE), **more}}), out=tmp_path)
+    assert "on the same 88 rows -0.48 (-0.60 to -0.36)" in text
+
+
 def test_categories_and_costs_of_runs_stand_side_by_side(tmp_path: Path) -> None:
     worse = {"test": rows("harmful", 100, 1, 55) + rows("plain", 100, 0, 0)}
     judged = {

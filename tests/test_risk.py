@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from conftest import build, naive_logits, naive_reply
 from trimtab.chat import Message, render
-from trimtab.errors import ConfigError, ModelError
+from trimtab.errors import ChatError, ConfigError, ModelError
 from trimtab.models import Model
 from trimtab.neuron import risk
 from trimtab.neuron.rating import (
@@ -38,6 +38,7 @@ from trimtab.neuron.risk import (
     LogitRating,
     SelfRating,
     fence,
+    guard_prompt,
     rater,
     rating_prompts,
     request_of,
@@ -419,6 +420,17 @@ def test_a_guard_is_read_by_its_own_template(
     }
     bad, good = max((first["uU"], first["sS"]), (first["yY"], first["nN"]), key=sum)
     assert rating.risk == pytest.approx(10 * bad / (bad + good), rel=1e-4)
+
+
+def test_a_guard_whose_template_reads_parts_hears_the_words() -> None:
+    """Some templates of guards for text and images write nothing of a string: an empty conversation is rated safe."""
+    guard = build()
+    guard.tokenizer.chat_template = "{% for m in messages %}[{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}]{% endfor %}"
+    words = guard.tokenizer.decode(guard_prompt(guard, user("How do I break into a car?")))
+    assert words == "[How do I break into a car?]"
+    guard.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{% endfor %}"
+    with pytest.raises(ChatError, match="leaves out what was said"):
+        guard_prompt(guard, user("How do I break into a car?"))
 
 
 def guard_that_says(table: Callable[[int, int], list[float]], monkeypatch: pytest.MonkeyPatch) -> GuardRating:

@@ -203,6 +203,23 @@ def test_a_conversation_takes_no_context(tmp_path: Path) -> None:
         load_suite(str(path))
 
 
+def test_a_limit_draws_every_category_in_proportion_and_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    sizes = {"many": 60, "some": 30, "few": 10}
+    kinds = [kind for kind, n in sizes.items() for _ in range(n)]
+    rows = [Record(id=str(i), prompt=f"What is {i}?", label="benign", category=kind) for i, kind in enumerate(kinds)]
+    path.write_text("".join(row.model_dump_json() + "\n" for row in rows))
+    result = evaluate(load(folder), [str(path)], out=tmp_path / "e", limit=20, max_new_tokens=2)
+    found = {
+        name: part["keyword"]["n"] + part["keyword"]["unscored"]
+        for name, part in result["suites"]["mine"]["benign"]["categories"].items()
+    }
+    assert found == {"many": 12, "some": 6, "few": 2}
+    assert "mine: 20 of 100 rows, drawn in proportion" in capsys.readouterr().err
+
+
 def test_a_result_says_what_was_asked(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     rows = [Record(id=str(i), prompt=f"What is {i}?", label="benign") for i in range(6)]

@@ -179,6 +179,10 @@ class EvalSettings(GuidanceSettings):
     """Also measure the model without guidance, with paired tests."""
     max_new_tokens: int = Field(default=64, ge=1)
     batch: int = Field(default=32, ge=1)
+    concurrency: int = Field(default=8, ge=1)
+    """Rows at a time, of an endpoint."""
+    timeout: float = Field(default=120.0, gt=0)
+    """Seconds for one answer of an endpoint."""
 
 
 class ReplySettings(GuidanceSettings):

@@ -84,8 +84,10 @@ class Identity(BaseModel):
         ]
         if differs:
             where = "" if dtype == self.dtype else f" in {self.dtype}"
+            # One name may be two models: held in another dtype, or changed since.
+            here = "not as it is here" if self.model == model.name else f"not on {model.name}"
             raise ArtefactError(
-                f"this {self.WHAT} was trained on {self.model or 'another model'}, not on {model.name}.\n    "
+                f"this {self.WHAT} was trained on {self.model or 'another model'}, {here}.\n    "
                 + "\n    ".join(differs),
                 f"Load {self.model}{where}, or train a {self.WHAT} for {model.name}." if self.model else "",
             )

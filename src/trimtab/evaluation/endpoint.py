@@ -1,6 +1,6 @@
 """Any OpenAI-compatible endpoint (vLLM, llama.cpp, a provider): many conversations, a bounded number at a time.
 
-Failures are answers too: one that cannot be had says why, and the others go on. Once the endpoint cannot be reached at all, nothing more is sent.
+Failures are answers too: one that cannot be had says why, and the others go on. Once the endpoint cannot be reached at all, or lets everything it was sent time out, nothing more is sent.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Endpoint:
     """Where to ask, whom, and how many at a time. The key is `OPENAI_API_KEY`, if there is one: sent over https or to this machine alone, and written nowhere.
 
     Attributes:
-        timeout: seconds for one answer. retries: of one request, with growing pauses.
+        concurrency: conversations at a time. timeout: seconds for one answer. retries: of one request, with growing pauses.
     """
 
     url: str
@@ -56,8 +56,8 @@ class Endpoint:
         return self.model
 
     @classmethod
-    def named(cls, text: str) -> Endpoint:
-        """From `URL#MODEL`.
+    def named(cls, text: str, **limits: Any) -> Endpoint:
+        """From `URL#MODEL`; `limits` are `concurrency`, `timeout` and `retries`.
 
         Raises:
             ConfigError: one of the two is missing. UsageError: the package openai is missing.
@@ -67,7 +67,7 @@ class Endpoint:
         url, _, model = text.partition("#")
         if not url.startswith(("http://", "https://")) or not model:
             raise ConfigError(f"{text!r} names no endpoint.", "Write URL#MODEL, say http://127.0.0.1:8000/v1#llama.")
-        return cls(url, model)
+        return cls(url, model, **limits)
 
     def ask(self, chats: Sequence[Sequence[Message]], *, max_tokens: int) -> Iterator[tuple[int, Answer]]:
         """Answers to conversations as they come, each with its place; temperature 0."""
@@ -77,10 +77,11 @@ class Endpoint:
         client = openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
         lost = threading.Event()
         failures: list[Exception] = []  # in a row
+        late: list[Exception] = []  # in a row
 
         def one(chat: Sequence[Message]) -> Answer:
             if lost.is_set():
-                return Answer(error="not sent: the endpoint cannot be reached")
+                return Answer(error="not sent: the endpoint does not answer")
             try:
                 messages: Any = [dict(turn) for turn in chat]
                 found = client.chat.completions.create(
@@ -93,8 +94,11 @@ class Endpoint:
                     usage.prompt_tokens if usage else 0,
                     usage.completion_tokens if usage else 0,
                 )
-            except openai.APITimeoutError:
-                return Answer(error=f"no answer within {self.timeout:g} seconds")
+            except openai.APITimeoutError as error:
+                late.append(error)
+                if len(late) > self.concurrency:  # all that it had at a time, and one more
+                    lost.set()
+                return Answer(error=f"no answer within {self.timeout:g} seconds, asked {self.retries + 1} times")
             except openai.APIConnectionError as error:
                 failures.append(error)
                 if len(failures) >= GIVE_UP:
@@ -103,6 +107,7 @@ class Endpoint:
             except Exception as error:  # whatever a page that is no answer leads the client to
                 return Answer(error=f"{type(error).__name__}: {error}"[:300])
             failures.clear()
+            late.clear()
             return answer
 
         pool = ThreadPoolExecutor(self.concurrency)

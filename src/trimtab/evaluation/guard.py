@@ -117,8 +117,8 @@ def rules(taxonomy: Taxonomy) -> dict[str, Any]:
     return {"categories": dict(taxonomy), "guideline": lines} if taxonomy else {}
 
 
-def load_guard(name: str, *, device: str | None, dtype: str | None, taxonomy: Taxonomy) -> GuardJudge:
-    """The judge `guard:MODEL` (a hub id may end in `@revision`) or `guard:URL#MODEL`.
+def load_guard(name: str, *, device: str | None, dtype: str | None, taxonomy: Taxonomy, **limits: Any) -> GuardJudge:
+    """The judge `guard:MODEL` (a hub id may end in `@revision`) or `guard:URL#MODEL`, asked within `limits` (`Endpoint.named`).
 
     Raises:
         ConfigError: the taxonomy makes no difference to the guard's prompt. ChatError: its template refuses replies, or there is none. ModelError: no such guard.
@@ -129,7 +129,7 @@ def load_guard(name: str, *, device: str | None, dtype: str | None, taxonomy: Ta
             raise ConfigError(
                 "a taxonomy goes into a guard's template, and an endpoint applies its own.", "Load the guard here."
             )
-        return GuardJudge(name, Endpoint.named(place))
+        return GuardJudge(name, Endpoint.named(place, **limits))
     guard = load_at(place, device=device, dtype=dtype)
     if not guard.tokenizer.chat_template:
         raise ChatError(

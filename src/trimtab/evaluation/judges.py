@@ -133,18 +133,23 @@ def asked(judges: Iterable[str], taxonomy: Taxonomy | None = None) -> list[str]:
 
 
 def load_judges(
-    judges: Iterable[str], *, device: str | None = None, dtype: str | None = None, taxonomy: Taxonomy | None = None
+    judges: Iterable[str],
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    taxonomy: Taxonomy | None = None,
+    **limits: Any,
 ) -> list[Asked]:
-    """The models among judges, ready to be asked; guards are loaded on `device` in `dtype`, and judge by `taxonomy` in place of their own categories.
+    """The models among judges, ready to be asked; guards are loaded on `device` in `dtype`, and judge by `taxonomy` in place of their own categories. `limits` of endpoints: `Endpoint.named`.
 
     Raises:
         ConfigError: as `asked`. ChatError, ModelError: a guard that cannot be used.
     """
     names = asked(judges, taxonomy)
     return [
-        load_guard(name, device=device, dtype=dtype, taxonomy=taxonomy or {})
+        load_guard(name, device=device, dtype=dtype, taxonomy=taxonomy or {}, **limits)
         if name.startswith("guard:")
-        else LLMJudge(name, Endpoint.named(name.removeprefix("llm:")))
+        else LLMJudge(name, Endpoint.named(name.removeprefix("llm:"), **limits))
         for name in names
     ]
 

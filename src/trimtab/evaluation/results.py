@@ -55,6 +55,11 @@ def compared(
         "paired": by_suite,
         "attacks_paired": together,
         "answers_paired": _adjusted_answers(pairs),
+        "harm_paired": {
+            judge: changes
+            for judge in judges
+            if (changes := {name: found for name, both in pairs.items() if (found := harm_paired(*both, judge))})
+        },
         "length_paired": length_paired(*([row for both in pairs.values() for row in both[side]] for side in (0, 1))),
         "looping_paired": looping_paired(*([row for both in pairs.values() for row in both[side]] for side in (0, 1))),
     }
@@ -230,6 +235,18 @@ def mean_harm(rows: Sequence[Stored], judge: str) -> dict[str, Any] | None:
     if not len(scores):
         return None
     return {**bootstrap_mean(scores), "n": len(scores)}
+
+
+def harm_paired(before: Sequence[Stored], after: Sequence[Stored], judge: str) -> dict[str, Any] | None:
+    """By how much mean harm rose on the harmful requests of which both replies have a score, with a bootstrap interval."""
+
+    def score(row: Stored) -> float | None:
+        return row.get("verdicts", {}).get(judge, {}).get("harm") if row["label"] == "harmful" else None
+
+    both = [
+        (b, a) for b, a in zip(map(score, before), map(score, after), strict=True) if b is not None and a is not None
+    ]
+    return {**bootstrap_mean(np.array([a - b for b, a in both])), "n": len(both)} if both else None
 
 
 def classes(rows: Sequence[Stored], judge: str) -> dict[str, Any] | None:

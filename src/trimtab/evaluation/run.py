@@ -20,7 +20,7 @@ from trimtab.evaluation.adaptive import soft_prompt
 from trimtab.evaluation.backends import Backend, Fields, Guidance, at_endpoint, failed, in_process, speaker
 from trimtab.evaluation.capability import kl_to_base, kl_under_guide
 from trimtab.evaluation.endpoint import Endpoint
-from trimtab.evaluation.externality import MARGIN, harms
+from trimtab.evaluation.externality import MARGIN, blind, harms
 from trimtab.evaluation.judges import Asked, ask, known_errors, load_judges
 from trimtab.evaluation.metrics import wilson
 from trimtab.evaluation.results import (
@@ -77,6 +77,8 @@ def evaluate(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     margin: float = MARGIN,
+    concurrency: int = 8,
+    timeout: float = 120.0,
 ) -> dict[str, Any]:
     """Measure refusals of a model, untouched, with a token or under a guide, on suites of labelled prompts.
 
@@ -91,6 +93,7 @@ def evaluate(
         attacks: what else is done to the harmful rows of every suite (`attacks.py`); each makes a suite of its own, `{suite}+{attack}`.
         limit: at most so many rows a suite, stratified.
         margin: with `compare`, losses above it are named in `externality` (`externality.py`).
+        concurrency, timeout: of judges behind an endpoint: rows at a time, seconds for one answer.
 
     Returns:
         `{"suites": {name: {"n", "harmful"|"benign": {judge: {"refusal_rate", "ci95", "unscored"}}}}, "auc": {...}, "looping": {...}, "answers": {...}}`, and with
@@ -105,7 +108,7 @@ def evaluate(
     where: dict[str, Any] = {}
     if isinstance(model, Model):
         where = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-    models = load_judges(judges, taxonomy=taxonomy, **where)
+    models = load_judges(judges, taxonomy=taxonomy, concurrency=concurrency, timeout=timeout, **where)
     folder, cost = create(Path(out)), Cost()
     with alone(folder):
         loaded = _load(suites, attacks, limit)
@@ -118,7 +121,7 @@ def evaluate(
         if isinstance(model, Model) and main != "base" and compare:
             result |= compared(rows["base"], rows[main], judges, under)
             result["kl"] = _distance(model, arms[main], rows["base"], rows[main])
-            result["externality"] = {"margin": margin, "harms": harms(result, margin)}
+            result["externality"] = {"margin": margin, "harms": harms(result, margin), "blind": blind(result)}
         if isinstance(model, Model) and isinstance(who := arms[main], Guide):
             result |= _guided(model, who, rows[main], folder)
         everything = [row for parts in rows.values() for part in parts.values() for row in part]
@@ -138,6 +141,11 @@ def _arms(
         ConfigError: of an endpoint what only a model that is loaded here can do. ArtefactError: token or expert belong to another model.
     """
     main = "guide" if guide else "token" if token else "base"
+    if compare and main == "base" and isinstance(model, Model):
+        raise ConfigError(
+            "here is nothing to compare the untouched model with.",
+            "Give a token or an expert, or leave the comparison out.",
+        )
     guidance: Guidance = token
     if isinstance(model, Model):
         if guide:
@@ -222,6 +230,7 @@ def protocol(
                 **({"attack": s.attack} if s.attack else {}),
                 **({"max_new_tokens": s.enough} if s.enough else {}),
                 **({"malformed": s.malformed} if s.malformed else {}),
+                **({"prefilled": n} if (n := sum(bool(r.prefill) for r in s.records)) else {}),
             }
             for s in suites
         },

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -213,15 +213,29 @@ def guard_prompt(guard: Model, chat: Sequence[Message], template_args: Mapping[s
     """Ids that ask a guard about a conversation in its own chat template.
 
     Raises:
-        ChatError: the guard has no chat template, or it refuses these turns.
+        ChatError: the guard has no chat template, it refuses these turns, or it leaves their words out.
     """
     # Many guard templates refuse a system turn, and it is not the user's.
     turns = [
-        {"role": turn["role"], "content": without_special_tokens(guard, _words(turn.get("content")))}
+        (turn["role"], without_special_tokens(guard, _words(turn.get("content"))))
         for turn in as_messages(chat)
         if turn["role"] != "system"
     ]
-    return render(guard, turns, template_args=template_args).ids
+
+    def asked(form: Callable[[str], Any], end: str = "") -> Ids:
+        said = [{"role": role, "content": form(words + end)} for role, words in turns]
+        return render(guard, said, template_args=template_args).ids
+
+    # Templates for images too loop over parts, and some of them write nothing at all of a string: a guard then rates an empty conversation, and calls it safe.
+    refused: ChatError | None = None
+    for form in (str, lambda words: [{"type": "text", "text": words}]):
+        try:
+            found = asked(form)
+            if not turns or asked(form, " x") != found:
+                return found
+        except ChatError as error:
+            refused = refused or error
+    raise refused or ChatError(f"the chat template of {guard.name} leaves out what was said.", "Use another guard.")
 
 
 def request_of(chat: Sequence[Message]) -> str:

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from trimtab.errors import UsageError
 from trimtab.evaluation.metrics import auc_interval, holm, mcnemar, paired_difference
 from trimtab.report import neuron, plots
-from trimtab.report.compare import costs, heat
+from trimtab.report.compare import costs, differences, heat
 from trimtab.report.plots import GROUPS, Rate, pooled, rate, suites
 from trimtab.report.read import Run, judges, read_run
 from trimtab.report.replies import HARMFUL_WORDS, changed, cut, group_of, members, pair, pairs
@@ -50,6 +50,7 @@ def build(runs: Sequence[Path], out: Path) -> Path:
     pages.filters |= {"percent": percent, "interval": interval, "thousands": "{:,}".format, "p": p_value, "cut": cut}
     page = pages.get_template("template.html").render(
         sections=[section(run, mark) for run, mark in zip(found, marks, strict=True)],
+        differences=list(differences(found)),
         heat=list(heat(found)) if len(found) > 1 else [],
         costs=costs(found) if len(found) > 1 else [],
         moves=moves,
@@ -64,7 +65,7 @@ def build(runs: Sequence[Path], out: Path) -> Path:
 
 def section(run: Run, mark: str) -> dict[str, Any]:
     """Everything the page shows about one run."""
-    manifest = run.manifest or {}
+    manifest, check = run.manifest or {}, run.results.get("externality", {})
     cards = _cards(run)
     return {
         "mark": mark,
@@ -72,7 +73,8 @@ def section(run: Run, mark: str) -> dict[str, Any]:
         "model": _model(run),
         "headline": _headline(run, cards),
         "aside": _aside(run, cards),
-        "harms": run.results.get("externality", {}).get("harms", []),
+        "harms": check.get("harms", []),
+        "blind": check.get("blind"),
         "cost": _cost(manifest),
         "trained": _trained(manifest),
         "cards": cards,
@@ -312,13 +314,14 @@ def _answers(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _by_model(run: Run, field: str) -> Iterator[dict[str, Any]]:
-    """What each model as judge said of each suite, before and after: mean `harm` by its rubric, or `classes` of replies."""
+    """What each model as judge said of each suite, before and after: mean `harm` by its rubric, and how it changed on the same rows, or `classes` of replies."""
     for judge, arms in run.results.get(field, {}).items():
         order = [arm for arm in ("base", run.arm) if arm in arms]
         for suite in arms[run.arm]:
             values = [arms[arm][suite] for arm in dict.fromkeys(order)]
+            changed = run.results.get(f"{field}_paired", {}).get(judge, {}).get(suite)
             if all(values):
-                yield {"judge": judge, "suite": suite, "values": values}
+                yield {"judge": judge, "suite": suite, "values": values, "changed": changed}
 
 
 def _aucs(run: Run) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
-"""Several runs side by side: what each refuses, category by category, and what each cost."""
+"""Several runs side by side: whether they were asked alike, what each refuses, category by category, and what each cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trimtab.report.plots import Arm, Rate, rate, suites
@@ -10,6 +10,27 @@ from trimtab.report.read import Run
 from trimtab.report.words import duration
 
 SMALL = 3  # categories with fewer rows say nothing by themselves
+
+
+def differences(runs: Sequence[Run]) -> Iterator[str]:
+    """In what runs were not measured alike, and so cannot be compared without a second thought."""
+    asked = {n: run.results["protocol"] for n, run in enumerate(runs, 1) if run.results.get("protocol")}
+    for suite in dict.fromkeys(name for found in asked.values() for name in found["suites"]):
+        rows = {n: found["suites"][suite] for n, found in asked.items() if suite in found["suites"]}
+        if len({part["digest"] for part in rows.values()}) > 1:
+            yield f"{suite} is not the same rows: " + _told(
+                {n: f"{part['rows']} of {part['of']}" for n, part in rows.items()}
+            )
+    lengths = {n: found["max_new_tokens"] for n, found in asked.items()}
+    if len(set(lengths.values())) > 1:
+        yield f"replies were cut at different lengths, in tokens: {_told(lengths)}"
+    judge = shared_judge(runs)
+    if without := {n: ", ".join(found["judges"]) for n, found in asked.items() if judge not in found["judges"]}:
+        yield f"categories are compared by {judge}, and others judged: {_told(without)}"
+
+
+def _told(values: Mapping[int, object]) -> str:
+    return ", ".join(f"{value} (run {n})" for n, value in values.items())
 
 
 def heat(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from trimtab.evaluation.externality import QUICK
+from trimtab.evaluation.externality import JUDGES, QUICK
 from trimtab.evaluation.run import evaluate
 from trimtab.evaluation.suites import Suite, load_suite
 from trimtab.models import Model
@@ -29,6 +29,7 @@ from trimtab.run import read_json, tell
 from trimtab.softtoken.artifact import SoftToken
 
 ENOUGH = 16  # tokens for an answer of one number: the check that ends every training is to be quick
+CHECK: Any = {"judges": (*JUDGES, "logit"), "attacks": QUICK, "max_new_tokens": 40}
 
 
 def check_and_report(
@@ -41,9 +42,7 @@ def check_and_report(
     if n and held_out:
         chosen = stratified(held_out, n)
         suite = Suite("held-out", tuple(chosen), len(held_out))
-        result["check"] = evaluate(
-            model, [suite, _answers()], token=token, out=run / "eval", compare=True, attacks=QUICK, max_new_tokens=40
-        )
+        result["check"] = evaluate(model, [suite, _answers()], token=token, out=run / "eval", compare=True, **CHECK)
         print_results(result["check"], screen)
         _print_pairs(read_json(run / "eval" / "rows.json")["held-out"], screen)
     result["report"] = str(build([run], run / "report.html"))
@@ -65,9 +64,7 @@ def check_expert(model: Model, records: Sequence[Record], run: Path, n: int, scr
         suite = Suite("held-out", tuple(stratified(held_out, n)), len(held_out))
         # Always on and at full strength: what guided decoding mixes in, without the neuron and the rating.
         alone = Guide(load_expert(f"lora:{run}", model), Neuron(kind="always"), ConstantRisk(10), alpha_table("1"))
-        result["check"] = evaluate(
-            model, [suite, _answers()], guide=alone, out=run / "eval", compare=True, attacks=QUICK, max_new_tokens=40
-        )
+        result["check"] = evaluate(model, [suite, _answers()], guide=alone, out=run / "eval", compare=True, **CHECK)
         print_results(result["check"], screen)
     result["report"] = str(build([run], run / "report.html"))
     before, after = (manifest["validation"][when]["prefill_refusal"] for when in ("before", "after"))
@@ -125,8 +122,11 @@ def print_results(result: Mapping[str, Any], screen: Console) -> None:
             if found:
                 shares = ", ".join(f"{title} {percent(found[kind]['share'])}" for kind, title in CLASSES.items())
                 tell(screen, f"benign requests of {name} by {judge}: {shares} (n = {found['n']})")
-    for harm in result.get("externality", {}).get("harms", []):
+    for harm in (check := result.get("externality", {})).get("harms", []):
         screen.print(f"[bold]worse[/bold]: {escape(harm)}")
+    if check and not check["harms"] and check["blind"]:
+        least, most = (f"{100 * loss:.0f}" for loss in check["blind"])
+        tell(screen, f"no loss that is clear of chance; so many rows would mostly show one of {least} to {most} points")
 
 
 def _moved(result: Mapping[str, Any], suite: str) -> str:

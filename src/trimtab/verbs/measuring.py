@@ -60,13 +60,17 @@ def evaluate(
     fail_on_harm: FailOnHarm = False,
     max_new_tokens: Annotated[int | None, typer.Option(help="length of a reply, in tokens [64]")] = None,
     batch: Annotated[int | None, typer.Option(help="replies generated together [32]")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="rows at a time, of an endpoint that replies or judges [8]")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="seconds for one answer of an endpoint [120]")] = None,
     **shared: Any,
 ) -> None:
     """Measure refusals on suites of labelled prompts. The same command again does only what is missing."""
     given = only_given(locals())
     from trimtab.config import EvalSettings, settle
     from trimtab.evaluation.attacks import apply
-    from trimtab.evaluation.externality import FULL
+    from trimtab.evaluation.externality import FULL, JUDGES
     from trimtab.evaluation.guard import load_taxonomy
     from trimtab.evaluation.judges import asked
     from trimtab.evaluation.run import evaluate as run
@@ -81,27 +85,34 @@ def evaluate(
     asked(settings.judge, categories)  # a bad name is told before the model loads
     for name in settings.attack:
         apply(name, [])
-    if fail_on_harm and not ((settings.compare or settings.externality) and (settings.token or settings.expert)):
+    far = settings.model.startswith(("http://", "https://"))
+    compared, guided = settings.compare or settings.externality, settings.token or settings.expert
+    if fail_on_harm and not (compared and guided):
         raise ConfigError(
             "--fail-on-harm compares, and here is nothing to compare.", "Add --compare, and --token or --expert."
         )
-    loaded, guidance = (
-        _load_endpoint(settings) if settings.model.startswith(("http://", "https://")) else load_guided(settings)
-    )
+    if compared and not guided and not far:
+        raise ConfigError(
+            "--compare and --externality compare the untouched model with a token or an expert, and none is given.",
+            "Add --token or --expert, or leave them out.",
+        )
+    loaded, guidance = _load_endpoint(settings) if far else load_guided(settings)
     with resumable(settings.out):
         result = run(
             loaded,
             tuple(dict.fromkeys((*settings.suite, *((ANSWERS,) if settings.externality else ())))),
             **guidance,
             out=settings.out,
-            compare=settings.compare or settings.externality,
-            judges=settings.judge,
+            compare=compared,
+            judges=tuple(dict.fromkeys((*settings.judge, *(JUDGES if settings.externality else ())))),
             taxonomy=categories,
             attacks=tuple(dict.fromkeys((*settings.attack, *(FULL if settings.externality else ())))),
             margin=settings.margin,
             limit=settings.limit,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch,
+            concurrency=settings.concurrency,
+            timeout=settings.timeout,
         )
     people = screen(shared["as_json"])
     print_results(result, people)
@@ -135,4 +146,4 @@ def _load_endpoint(settings: Any) -> tuple[Any, dict[str, Any]]:
     if given := [name for name in sorted(local) if getattr(settings, name) is not None]:
         option = given[0].replace("_", "-")
         raise ConfigError(f"--{option} is for a model that is loaded here, and this is an endpoint.", "Leave it out.")
-    return Endpoint.named(settings.model), {}
+    return Endpoint.named(settings.model, concurrency=settings.concurrency, timeout=settings.timeout), {}
