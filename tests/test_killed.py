@@ -35,6 +35,13 @@ def in_a_child(work: Callable[[], Any]) -> int:
     os._exit(0)
 
 
+def wait_for(lines: int, path: Path) -> None:
+    """Until a file has so many lines, or for a minute."""
+    end = time.perf_counter() + 60
+    while time.perf_counter() < end and not (path.exists() and path.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.002)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # that a process with threads forks: none of them is needed
 def test_killed_at_twenty_moments(tiny: Callable[..., Model], tmp_path: Path) -> None:
@@ -61,16 +68,20 @@ def test_killed_at_twenty_moments(tiny: Callable[..., Model], tmp_path: Path) ->
     whole = time.perf_counter() - start
     wanted = [(tmp_path / "whole" / name).read_bytes() for name in SAME]
     assert b'"refusal_rate": 0' in wanted[0]
+    replies_in_all = len((tmp_path / "whole" / "replies.jsonl").read_bytes().splitlines())
     rng, interrupted = random.Random(0), 0
     for number in range(KILLS):
         folder = tmp_path / str(number)
         child = in_a_child(lambda folder=folder: run(folder))
-        time.sleep(rng.uniform(0.02, whole))
+        replies = folder / "replies.jsonl"
+        if number % 2:  # at any time
+            time.sleep(rng.uniform(0.02, whole))
+        else:  # among the replies
+            wait_for(rng.randrange(1, replies_in_all), replies)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert status in (0, signal.SIGKILL)
-        replies = folder / "replies.jsonl"
         interrupted += replies.exists() and not (folder / "results.json").exists()
         run(folder)
         assert [(folder / name).read_bytes() for name in SAME] == wanted
-    assert interrupted >= 5  # the others were killed before the first reply, or had ended
+    assert interrupted >= 5  # the others were killed before the first reply, or had them all

@@ -158,7 +158,7 @@ class Records:
                 write(path, whole + b"\n" if whole else b"")
 
     def add(self, key: str, **fields: Any) -> None:
-        """Append one record; on disk when this returns."""
+        """Append one record; when this returns it outlives the process, though not the machine."""
         row = {"key": key, **fields}
         try:
             with self.path.open("a", encoding="utf-8") as file:
