@@ -1,6 +1,6 @@
 """Evaluation speed: rows per second of `trimtab eval`, scores and files included, against `transformers.generate` in batches of the same size.
 
-Both make greedy replies of at most 64 tokens to the same prompts, 32 at a time, in processes of their own, in the same dtype with two threads; `transformers` takes the prompts as they
+Both make greedy replies of at most 64 tokens to the same prompts, 64 at a time, in processes of their own, in the same dtype with two threads; `transformers` takes the prompts as they
 come, and each batch until its last row has ended.
 
     python bench/eval_bench.py [--rows 256] [--suites FOLDER --token RUN]
@@ -27,7 +27,7 @@ from stock import stock
 
 MODEL = "smollm2-135m"
 SUITES = {"xstest": 449, "advbench": 100, "alpacaeval_000_199": 100, "gsm8k_000_099": 50}
-TOKENS, BATCH, REPEATS = 64, 32, 3
+TOKENS, BATCH, REPEATS = 64, 64, 3
 
 
 def main() -> None:
@@ -146,7 +146,7 @@ def before_after(suites: Path, token: Path) -> float:
             *parts,
         ]
         start = time.perf_counter()
-        subprocess.run([*command, "--max-new-tokens", str(TOKENS)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, "--max-new-tokens", str(TOKENS), "--batch", str(BATCH)], check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - start
 
 

@@ -3,7 +3,7 @@
     python recipes/over_refusal_ablations.py SUITES_FOLDER [--out runs/over-refusal] [--limit 100] [--seeds 0 1 2] [--only "filter off" ...]
 
 Each column of a suite has at most --limit prompts. Seeds draw the prompts, the batches and the initial vector. Shares refused, `keyword` judge, replies of 16 tokens: the mean over seeds, and the lowest and highest of
-them. The first columns are of the validation split. A finished run is not run again. On two cores a run takes five minutes, at an early place a quarter of an hour.
+them. The first columns are of the validation split. A finished run is not run again. On two cores a run takes five minutes, at an early place or with all prompts a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from baselines import replies
-from over_refusal import PROMPTS, over_cautious, with_answers
+from over_refusal import ALL_STEPS, PROMPTS, over_cautious, with_answers
 
 import trimtab as tt
 from trimtab.config import AlignSettings
@@ -38,8 +38,9 @@ FOCAL: dict[str, dict[str, Any]] = {"gamma 2": {"gamma": 2.0}, "gamma 2, easy": 
 PLACES: dict[str, dict[str, Any]] = {
     f"at {place}": {"position": place} for place in ("reply", "system", "user", "start")
 }
-# The case's data are 1,200 prompts: the default row.
+# The case's data are 1,200 prompts: the default row. All of them, 4,938, take more steps.
 DATA: dict[str, dict[str, Any]] = {f"{n} prompts": {"limit": n} for n in (32, 100, 300)}
+DATA["all prompts"] = {"limit": None, "steps": ALL_STEPS}
 UNCHANGED: dict[str, dict[str, Any]] = {name: {} for name in ("default", "NLL for KL", "begun with words")}
 # Those that begin with the same prompts follow one another.
 ROWS = UNCHANGED | FOCAL | PLACES | {"filter off": {}} | DATA
@@ -63,7 +64,8 @@ def main() -> None:
             run = options.out / "ablations" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
             path = run / f"refused-{options.limit}.json"
             if not path.exists():
-                token = trained(model, records, name, seed, run, prepared)
+                data = with_answers(options.out, None) if name == "all prompts" else records
+                token = trained(model, data, name, seed, run, prepared)
                 write_json(path, {"validation": validation(run)} | refused(model, token, suites))
             rates = read_json(path)
             found.setdefault(name, []).append(
