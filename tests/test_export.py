@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +16,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import FAMILIES, TEMPLATES, build, vectors_for
 from trimtab.chat import POSITIONS
 from trimtab.errors import ArtefactError, ExportError, RunError
+from trimtab.evaluation.metrics import wilson
 from trimtab.exporters.checkpoint import INDEX, Rows, rewrite, tensors
 from trimtab.exporters.export import export
 from trimtab.exporters.head import unsaid
-from trimtab.exporters.plan import plan
+from trimtab.exporters.plan import folder_of, plan
 from trimtab.models import Model, load
+from trimtab.prompts.sources import load_prompts
 from trimtab.softtoken.artifact import SoftToken, next_logits
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -353,6 +356,82 @@ def test_what_was_written_wrongly_is_noticed(
     with pytest.raises(ExportError, match="its logits are not those of the token"):
         export(model, token, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_card_has_the_runs_figures_and_the_base_models_licence(
+    model: Model, token: SoftToken, folder: Path, tmp_path: Path
+) -> None:
+    def rate(hits: int, n: int) -> dict[str, Any]:
+        return {"keyword": {"refusal_rate": hits / n, "ci95": wilson(hits, n), "n": n}}
+
+    measured = {"suites": {"test": {"harmful": rate(9, 10), "benign": rate(0, 20)}}, "arm": "token"}
+    before = {"suites": {"test": {"harmful": rate(1, 10), "benign": rate(0, 20)}}}
+    run = tmp_path / "run"
+    (run / "eval").mkdir(parents=True)
+    (run / "eval" / "results.json").write_text(json.dumps({**measured, "base": before}))
+    own = folder_of(model) / "README.md"
+    own.write_text("---\nlicense: mit\n---\n\n# A model\n")
+    try:
+        export(model, token, tmp_path / "out", run=run, check=False)
+    finally:
+        own.unlink()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| test, harmful | 10 | 10% (2%-40%) | 90% (60%-98%) |" in card
+    assert "| test, benign | 20 | 0% (0%-16%) | 0% (0%-16%) |" in card
+    assert "\nlicense: mit\n" in card.split("---")[1]
+    assert "Licence of the base model: mit." in card
+    assert "vllm serve out --dtype float32" in card
+    assert "llama-server -m out.gguf --jinja" in card
+
+
+def test_the_slot_is_listened_for_in_replies_to_every_kind_of_request(
+    model: Model, token: SoftToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that is silent where one kind of request is answered need not be so elsewhere."""
+    from trimtab.exporters import export as module
+
+    groups = {record.text: record.group for record in load_prompts("builtin", split="test")}
+    asked: list[Any] = []
+    seen = lambda _model, _token, prompts: [torch.full((2, 1), float(i)) for i in range(len(prompts))]  # noqa: E731
+    monkeypatch.setattr(module, "states", seen)
+    monkeypatch.setattr(module, "in_place", lambda _model, _token, chat: asked.append(chat) or chat)
+    heard, unfitted, _ = module._head(model, token)
+    kinds = [groups[chat if isinstance(chat, str) else chat[-1]["content"]] for chat in asked]
+    assert min(Counter(kinds).values()) >= 6
+    assert set(kinds[2::3]) == {"harmful", "borderline", "plain"}  # what the row is not fitted to
+    assert unfitted.unique().tolist() == [float(i) for i in range(2, len(kinds), 3)]
+    assert len(heard) == 2 * len(kinds)
+
+
+def test_a_processors_template_is_edited_too(tmp_path: Path) -> None:
+    """transformers takes the one in an old `processor_config.json` before all others; what else a processor has stays as it is."""
+    model = saved(tmp_path / "model")
+    own = {"processor_class": "X", "chat_template": model.tokenizer.chat_template, "size": 3}
+    (tmp_path / "model" / "processor_config.json").write_text(json.dumps(own))
+    (tmp_path / "model" / "preprocessor_config.json").write_text('{"size": 3}')
+    model = load(tmp_path / "model")
+    token = SoftToken.of(model, vectors_for(model, 1, 30.0), "assistant")
+    export(model, token, tmp_path / "out", check=False)
+    there = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert there == {**own, "chat_template": load(tmp_path / "out").tokenizer.chat_template}
+    assert there["chat_template"] != own["chat_template"]
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 3}'
+
+
+def test_architectures_without_a_table_that_could_grow_are_refused(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model")
+    token = SoftToken.of(model, vectors_for(model, 1, 30.0), "start")
+    model.network.lm_head.bias = torch.nn.Parameter(torch.zeros(len(model.table)))
+    with pytest.raises(ExportError, match="has no plain output table") as caught:
+        plan(model, token, untie=False)
+    assert "--format peft" in str(caught.value)
+    model.network.lm_head.bias = None
+    path = tmp_path / "model" / "model.safetensors"
+    held = load_file(path)
+    held["model.embed_tokens.renamed"] = held.pop("model.embed_tokens.weight")
+    save_file(held, path)
+    with pytest.raises(ExportError, match="0 tensors of the checkpoint could be its table embed_tokens"):
+        plan(model, token, untie=False)
 
 
 def test_the_plan_names_every_file_and_its_bytes(model: Model, token: SoftToken, folder: Path, tmp_path: Path) -> None:

@@ -120,10 +120,18 @@ def test_the_form_follows_from_the_place(
     model = load(folder)
     start = SoftToken.of(model, vectors_for(model, 1, 8.0), "start")
     start.save(tmp_path / "start")
-    assert export_run(settings.model_copy(update={"run": tmp_path / "start"}), screen(False))["form"] == "prompt tuning"
+    record = export_run(settings.model_copy(update={"run": tmp_path / "start"}), screen(False))
+    assert record["form"] == "prompt tuning"
+    assert [file["file"] for file in record["files"]] == [CONFIG, WEIGHTS, "README.md", "trimtab.json"]
     assert "prompt tuning" in capsys.readouterr().out
     result = export(model, start, tmp_path / "out", format="peft")
     assert result["verified"]["logits_max_difference"] <= 1e-4
+    assert result["verified"]["replies_equal"] == result["verified"]["probes"] == 7
+    card = (tmp_path / "out" / "README.md").read_text()
+    snippet = card.split("## Serving")[1].split("```")[1]
+    compile(snippet.replace("...", ""), "card", "exec")
+    assert "import PeftModel" in snippet
+    assert "tokenizer = AutoTokenizer" in snippet
     assert {path.name for path in (tmp_path / "out").iterdir()} == {CONFIG, WEIGHTS, "README.md", "trimtab.json"}
     # An adapter goes on to every other form, once a model is named.
     onward = ExportSettings(run=tmp_path / "out", out=tmp_path / "hf", format="hf")

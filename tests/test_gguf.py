@@ -78,6 +78,8 @@ def test_an_appended_row_changes_the_tables_and_nothing_else(kind: Kind, untie: 
     assert torch.allclose(gguf.rows(gguf.tensors(target), [WORDS])[0], ROW, rtol=0, atol=float(ROW.abs().max()) / 100)
     assert np.array_equal(table(target, gguf.EMBEDDING)[:WORDS], table(source, gguf.EMBEDDING))
     assert gguf.others_kept(gguf.tensors(source), gguf.tensors(target), [WORDS])
+    assert gguf.said(target, [WORDS]) == (("<|t|>",), "new", True)
+    assert gguf.said(target, [WORDS - 1]) == ((f"word{WORDS - 1}",), "new", False)  # may be sampled
     if untie:
         head = table(target, gguf.HEAD)
         assert np.array_equal(head[:WORDS], table(source, gguf.EMBEDDING))
@@ -159,6 +161,8 @@ def test_a_coarse_table_and_a_damaged_file_are_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"template": "new", "silent": None, "untie": False}
     with pytest.raises(ExportError, match=r"Q4_1, too coarse for a trained row\.\n.*--token-embedding-type q8_0"):
         gguf.patch(coarse, tmp_path / "b.gguf", {WORDS: ROW}, ["<|t|>"], **options)
+    with pytest.raises(ExportError, match="Q4_1, too coarse"):  # the plan says so before anything is measured
+        gguf.sizes(coarse, 1, False)
     coarse.write_bytes(coarse.read_bytes()[:200])
     with pytest.raises(ExportError, match="no whole GGUF file"):
         gguf.patch(coarse, tmp_path / "b.gguf", {WORDS: ROW}, ["<|t|>"], **options)

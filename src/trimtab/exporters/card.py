@@ -7,10 +7,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import metadata_load
 from jinja2 import Environment, StrictUndefined
 
 from trimtab.adapter import base_of
 from trimtab.chat import POSITION_MEANING
+from trimtab.errors import ExportError
+from trimtab.exporters.plan import folder_of
 from trimtab.exporters.verify import in_words
 from trimtab.models import ALIASES, Model
 from trimtab.run import write
@@ -31,7 +34,10 @@ def write_card(
         token=token,
         origin=f"{origin} {model.origin.get('revision', '')}".strip(),
         meaning=POSITION_MEANING[token.position],
-        licence="Apache-2.0" if model.name in ALIASES else "",
+        licence="apache-2.0" if model.name in ALIASES else _licence(model),
+        exact=" --dtype float32"
+        if (result.get("plan") or {}).get("dtype") == "F32"
+        else "",  # vLLM would take bfloat16
         base=base_of(model),
         result={"plan": None, **result},
         verified=in_words(result["verified"]) if result["verified"] else "",
@@ -41,6 +47,14 @@ def write_card(
         head_mb=(result.get("plan") or {}).get("table_bytes", 0) / 1e6,
     )
     write(folder / "README.md", text)
+
+
+def _licence(model: Model) -> str:
+    """As the base model's own card has it; empty where it says none."""
+    try:
+        return str((metadata_load(folder_of(model) / "README.md") or {}).get("license") or "")
+    except (OSError, ValueError, ExportError):  # no card, or not one in this form
+        return ""
 
 
 def _rates(check: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from trimtab.adapter import is_adapter
+from trimtab.adapter import CONFIG, WEIGHTS, is_adapter
 from trimtab.config import ExportSettings
 from trimtab.errors import ConfigError, ExportError, RoomError, RunError
 from trimtab.exporters import gguf
@@ -25,10 +25,11 @@ from trimtab.exporters.huggingface import write_settings, write_template, write_
 from trimtab.exporters.ollama import modelfile
 from trimtab.exporters.outline import is_outline, outline
 from trimtab.exporters.peft import write_prompt, write_rows
-from trimtab.exporters.plan import MODELFILE, RECORD, Format, Plan, folder_of, gguf_file, plan, show
+from trimtab.exporters.plan import MODELFILE, NEW, RECORD, Format, Plan, folder_of, gguf_file, plan, show, show_files
 from trimtab.exporters.template import Proof, in_place, unsafe, with_slot
 from trimtab.exporters.verify import in_words, verify, verify_adapter, verify_rows, verify_tokens
 from trimtab.models import Model, describe_machine, load_at, require_room, size_of
+from trimtab.prompts.records import stratified
 from trimtab.prompts.sources import load_prompts
 from trimtab.run import Cost, alone, console, create, progress, tell, write_json
 from trimtab.softtoken.artifact import SoftToken
@@ -43,7 +44,9 @@ UNLOADED = (
     "So it is not loaded: its fingerprint was checked on the files, and nothing can be measured or verified. Unless told otherwise a tied head is written out by "
     "itself; a new output row is zero, which in SmolLM2 made the slot 2.7 % likely at worst, at temperature 1."
 )
-HEARD = 24  # prompts along whose replies the slot's own probability is measured; a third of them are not fitted to
+HEARD = (
+    24  # prompts of all groups along whose replies the slot's own probability is measured; every third is not fitted to
+)
 
 
 def export(
@@ -93,8 +96,10 @@ def export(
             write_json(scratch / RECORD, result)
         return result
     # Where nothing can be computed, a tied head is written out, and a new row of it is zero.
-    unheard = torch.zeros(0, model.hidden_size), torch.zeros_like(token.vectors)
-    heard, silent = unheard if is_outline(model) else _head(model, token)
+    nothing = torch.zeros(0, model.hidden_size)
+    heard, unfitted, silent = (
+        (nothing, nothing, torch.zeros_like(token.vectors)) if is_outline(model) else _head(model, token)
+    )
     tied = loudest(model, heard, token.vectors) if len(heard) else None
     loud = tied is None or tied > SAID
     found = plan(model, token, format=format, untie=(loud if untie is None else untie) and format != "peft")
@@ -102,7 +107,7 @@ def export(
         silent = torch.zeros_like(silent)
     # Rows that the model's own head has already stay as they are there; where PEFT loads, transformers makes the row, and it is suppressed.
     grown = found.appended and format != "peft" and (found.untie or not found.tied)
-    own = loudest(model, heard, silent) if grown and len(heard) else None
+    own = loudest(model, unfitted, silent) if grown and len(unfitted) else None
     if own is not None and own > SAID:
         console.print(f"the slot may be generated: its own output row reaches a probability of {own:.2g}")
     write = {"hf": _checkpoint, "gguf": _gguf, "peft": _adapter}[format]
@@ -117,7 +122,12 @@ def export(
                 "conversations_equal": proof.equal,
                 "refused_by_both": proof.refused,
             },
-            "slot_as_output": {"tied": tied if found.tied else None, "own_row": own, "places": len(heard)},
+            "slot_as_output": {
+                "tied": tied if found.tied else None,
+                "own_row": own,
+                "places": len(heard),
+                "places_unfitted": len(unfitted),
+            },
             "verified": verified,
             "cost": cost.record(describe_machine(model.device)),
         }
@@ -163,7 +173,7 @@ def _gguf(
         )
     words = modelfile(model, token, found)
     (scratch / MODELFILE).write_text(words, encoding="utf-8")
-    return proof, verify_rows(model, token, source, target, kind, found.ids) if check else None
+    return proof, verify_rows(model, token, source, target, kind, found, template) if check else None
 
 
 def _adapter(
@@ -194,11 +204,15 @@ def export_run(settings: ExportSettings, people: Console) -> dict[str, Any]:
         form = "prompt tuning" if token.position == "start" else "trainable tokens"
         tell(people, f"{form}: {PEFT_FORMS[form]} (trained at {token.position})")
     if settings.dry_run and settings.format == "peft" and token.position == "start":
-        tell(
-            people,
-            "an adapter of its own: adapter_config.json and adapter_model.safetensors; the model's files stay as they are",
-        )
-        return {"format": "peft", "form": "prompt tuning", "numbers": token.vectors.numel()}
+        written = {CONFIG: 0, WEIGHTS: token.vectors.numel() * 4, **dict.fromkeys(NEW, 0)}
+        show_files([(name, "new", size) for name, size in written.items()], people, f"export of {settings.run}")
+        tell(people, "the model's files stay as they are")
+        return {
+            "format": "peft",
+            "form": "prompt tuning",
+            "numbers": token.vectors.numel(),
+            "files": [{"file": name, "what": "new", "bytes": size} for name, size in written.items()],
+        }
     if settings.dry_run:
         # Whether a tied head would be written out is measured; unless told, the plan takes the larger of the two.
         found = plan(model, token, format=settings.format, untie=settings.untie is not False)
@@ -246,15 +260,16 @@ def _model(settings: ExportSettings) -> tuple[Model, str]:
         return outline(home, identity.dtype), why
 
 
-def _head(model: Model, token: SoftToken) -> tuple[Tensor, Tensor]:
-    """What the head reads along the greedy replies to some prompts `[n, hidden]`, to measure on, and output rows `[n_tokens, hidden]` that are silent along the
-    replies to others."""
-    records = load_prompts("builtin", split="test")[:HEARD]
+def _head(model: Model, token: SoftToken) -> tuple[Tensor, Tensor, Tensor]:
+    """What the head reads along the greedy replies to some prompts `[n, hidden]`; that part of it which belongs to every third of them `[m, hidden]`; and output rows `[n_tokens, hidden]` that are
+    silent along the replies to the others, to be measured on that part."""
+    records = stratified(load_prompts("builtin", split="test"), HEARD)
     prompts = [token.render(model, turns) for record in records if (turns := in_place(model, token, record.chat))]
     if not prompts:
         raise unsafe(model, token, "no conversation has a place for it")
-    heard, fitted = states(model, token, prompts), len(prompts) * 2 // 3
-    return torch.cat(heard[fitted:]), unsaid(torch.cat(heard[:fitted])).expand(len(token.vectors), -1)
+    heard = states(model, token, prompts)
+    fitted = [one for i, one in enumerate(heard) if i % 3 != 2 or len(heard) < 3]
+    return torch.cat(heard), torch.cat(heard[2::3] or heard), unsaid(torch.cat(fitted)).expand(len(token.vectors), -1)
 
 
 def _require_free(target: Path, force: bool, keep: Sequence[Path]) -> None:

@@ -50,18 +50,11 @@ def patch(
         the embedding table's type.
 
     Raises:
-        ExportError: the file is damaged, or its table is quantised too coarsely for a trained row.
+        ExportError: as `sizes`.
     """
     reader = _read(source)
     held = _by_name(reader)
-    if EMBEDDING not in held:
-        raise ExportError(f"{source} has no {EMBEDDING}.", "Only language models can be exported.")
-    kind = held[EMBEDDING].tensor_type
-    if kind not in EXACT:
-        raise ExportError(
-            f"the embedding table of {source.name} is {kind.name}, too coarse for a trained row.",
-            "Quantise the model with --token-embedding-type q8_0 and train the token again on that, or export --format hf.",
-        )
+    kind = _table(source, held).tensor_type
     tables = {EMBEDDING: _with_rows(held[EMBEDDING].data, vectors, kind)}
     quiet = silent if silent and min(silent) >= len(held[EMBEDDING].data) else None
     if HEAD in held:
@@ -91,11 +84,13 @@ def patch(
 
 
 def sizes(source: Path, appended: int, untie: bool) -> tuple[int, int]:
-    """Bytes of the file that `patch` will write, but for a few of its header, and of the embedding table in it."""
+    """Bytes of the file that `patch` will write, but for a few of its header, and of the embedding table in it.
+
+    Raises:
+        ExportError: the file is damaged, or its table is quantised too coarsely for a trained row.
+    """
     held = tensors(source)
-    if EMBEDDING not in held:
-        return source.stat().st_size, 0
-    before = int(held[EMBEDDING].n_bytes)
+    before = int(_table(source, held).n_bytes)
     row = before // len(held[EMBEDDING].data)
     table = before + appended * row
     return source.stat().st_size + appended * row + (table if untie and HEAD not in held else 0), table
@@ -104,6 +99,18 @@ def sizes(source: Path, appended: int, untie: bool) -> tuple[int, int]:
 def tensors(path: Path) -> Tensors:
     """A file's tensors by name, mapped and not read. Going through its keys takes a second."""
     return _by_name(_read(path))
+
+
+def said(path: Path, ids: Sequence[int]) -> tuple[tuple[str, ...], str, bool]:
+    """What a file says of the tokens `ids`: their names, the chat template, and whether they are control tokens that are never sampled."""
+    fields = _read(path).fields
+
+    def at(key: str) -> list[Any]:
+        return list(fields[key].contents()) if key in fields else []
+
+    words, kinds, kept_back = at(Keys.Tokenizer.LIST), at(Keys.Tokenizer.TOKEN_TYPE), at(SUPPRESS)
+    never = all(i in kept_back and (not kinds or kinds[i] == TokenType.CONTROL) for i in ids)
+    return tuple(words[i] for i in ids), str(fields[Keys.Tokenizer.CHAT_TEMPLATE].contents()), never
 
 
 def rows(held: Tensors, ids: Sequence[int]) -> Tensor:
@@ -144,6 +151,19 @@ def _writable(table: Any) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def _table(source: Path, held: Tensors) -> Any:
+    """The embedding table, if a trained row can be written into it."""
+    if EMBEDDING not in held:
+        raise ExportError(f"{source} has no {EMBEDDING}.", "Only language models can be exported.")
+    kind = held[EMBEDDING].tensor_type
+    if kind not in EXACT:
+        raise ExportError(
+            f"the embedding table of {source.name} is {kind.name}, too coarse for a trained row.",
+            "Quantise the model with --token-embedding-type q8_0 and train the token again on that, or export --format hf.",
+        )
+    return held[EMBEDDING]
 
 
 def _by_name(reader: GGUFReader) -> Tensors:

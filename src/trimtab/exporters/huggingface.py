@@ -22,7 +22,7 @@ from trimtab.exporters.checkpoint import (
     total_bytes,
     write_index,
 )
-from trimtab.exporters.plan import Plan
+from trimtab.exporters.plan import PROCESSOR, Plan
 from trimtab.models import Model
 from trimtab.run import progress, write_json
 from trimtab.softtoken.artifact import SoftToken
@@ -134,5 +134,8 @@ def write_template(source: Path, scratch: Path, template: str) -> None:
         write_json(config, {**fields, "chat_template": template})
     if (source / "chat_template.json").is_file():
         write_json(scratch / "chat_template.json", {"chat_template": template})
+    processor = source / PROCESSOR
+    if processor.is_file() and "chat_template" in (words := json.loads(processor.read_text(encoding="utf-8"))):
+        write_json(scratch / PROCESSOR, {**words, "chat_template": template})
     if held is None or (source / "chat_template.jinja").is_file():
         (scratch / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -22,6 +22,7 @@ from trimtab.softtoken.artifact import SoftToken
 
 Format = Literal["hf", "gguf", "peft"]
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+PROCESSOR = "processor_config.json"
 REWRITTEN = ("config.json", "generation_config.json", "tokenizer.json", *TEMPLATES)
 RECORD = "trimtab.json"  # what was done, and how it was verified; in every export
 NEW = ("README.md", RECORD)
@@ -86,6 +87,7 @@ class Plan:
         return {
             "source": str(self.source),
             **described,
+            "dtype": self.tensors[self.embedding].dtype,
             "files": files,
             "bytes": self.size,
             "unpacked": self.unpacked,
@@ -126,7 +128,8 @@ def plan(model: Model, token: SoftToken, *, untie: bool, format: Format = "hf") 
     elif format == "peft":
         table = 0  # the base's own, and not part of it
         weights = (2 if tied else 1) * token.vectors.numel() * 4
-        kept = [path for path in sorted(source.iterdir()) if path.name in ("tokenizer.json", *TEMPLATES)]
+        says = ("tokenizer.json", *TEMPLATES)
+        kept = [path for path in sorted(source.iterdir()) if path.name in says or _says_template(path)]
         files = (
             (CONFIG, "new", 0),
             (WEIGHTS, "new", weights),
@@ -242,16 +245,14 @@ def engines(found: Plan) -> dict[str, str]:
     return {
         "transformers": f"chat template and row are its own; {spoken}",
         "vLLM": served,
-        "llama.cpp": "wants a GGUF file: convert this folder, and keep the embedding table at q8_0 or f16",
+        "llama.cpp": f"wants a GGUF file: convert this folder, and keep the embedding table at q8_0 or f16. Suppression is lost on the way{'' if not found.tied or found.untie else ', and the head is tied: ban the slot by logit_bias'}",
+        "Ollama": "wants a GGUF file too, and a template in Go's language: see the Modelfile that --format gguf writes. Not tried",
     }
 
 
 def show(found: Plan, people: Console, *, measured: bool) -> None:
     """The plan as a table, and in words; `measured` is false where it takes for granted that a tied head is written out."""
-    table = Table("file", "what becomes of it", "MB", title=f"export of {found.source}")
-    for name, what, size in found.files:
-        table.add_row(name, what, f"{size / 1e6:.1f}")
-    people.print(table)
+    show_files(found.files, people, f"export of {found.source}")
     tell(people, f"row {found.ids[0]}, {found.names[0]}: {ROW_MEANING[found.row]}")
     if found.tied:
         written = f"written out by itself, {found.table_bytes / 1e6:.1f} MB more"
@@ -261,10 +262,21 @@ def show(found: Plan, people: Console, *, measured: bool) -> None:
                 "--untie or --keep-tied decides now"
             )
         tell(people, f"the head is the embedding table; {written if found.untie else 'it stays so'}")
+    else:
+        grows = "grows by as many rows, made to be silent" if found.appended else "stays as it is"
+        tell(people, f"the head is a table of its own, and {grows}")
     if found.unpacked:
         tell(people, found.unpacked)
     for engine, words in engines(found).items():
         tell(people, f"{engine}: {words}")
+
+
+def show_files(files: Sequence[tuple[str, str, int]], people: Console, title: str) -> None:
+    """Every file, what becomes of it, and its size; of a new one that is small, none is known before."""
+    table = Table("file", "what becomes of it", "MB", title=title)
+    for name, what, size in files:
+        table.add_row(name, what, f"{size / 1e6:.1f}" if size >= 50_000 else f"{size / 1e6:.3f}" if size else "small")
+    people.print(table)
 
 
 def _unpacked(model: Model, size: int) -> str:
@@ -316,6 +328,11 @@ def _find(model: Model, found: dict[str, Stored], module: Any, table: Tensor) ->
     return named[0]
 
 
+def _says_template(path: Path) -> bool:
+    """Whether this is a processor's config with a chat template in it, as older ones have: transformers would take that one."""
+    return path.name == PROCESSOR and "chat_template" in json.loads(path.read_text(encoding="utf-8"))
+
+
 def _files(
     source: Path, found: dict[str, Stored], grown: dict[str, int], extra: dict[str, int]
 ) -> tuple[tuple[str, str, int], ...]:
@@ -331,7 +348,7 @@ def _files(
         size = path.stat().st_size
         if path.name in weights:
             files.append((path.name, "one row" if path.name in sized else "as it is", size + sized.get(path.name, 0)))
-        elif path.name in (*REWRITTEN, INDEX):
+        elif path.name in (*REWRITTEN, INDEX) or _says_template(path):
             files.append((path.name, "rewritten", size))
         elif (
             path.is_file()

@@ -111,14 +111,17 @@ def _compare(model: Model, token: SoftToken, folder: Path, exported: Model, dtyp
 
 
 def verify_rows(
-    model: Model, token: SoftToken, source: Path, target: Path, kind: str, ids: Sequence[int]
+    model: Model, token: SoftToken, source: Path, target: Path, kind: str, found: Plan, template: str
 ) -> dict[str, Any]:
-    """Read a patched GGUF file back: only the token's rows may differ from `source`, and as stored they must be the token's within `ROW_ERROR`. What that rounding
-    does to logits and greedy replies is measured here, not in llama.cpp.
+    """Read a patched GGUF file back: only the token's rows may differ from `source`, as stored they must be the token's within `ROW_ERROR`, and it must hold their names, the edited template, and
+    that they are never sampled. What rounding the rows does to logits and greedy replies is measured here, not in llama.cpp.
 
     Raises:
-        ExportError: something else changed, or the stored rows are not the token's.
+        ExportError: something else changed, or what is stored is not the token.
     """
+    ids = found.ids
+    if gguf.said(target, ids) != (found.names, template, True):
+        raise ExportError(f"{target}: the slot's name, its kind or the chat template is not what was written.")
     before, after = gguf.tensors(source), gguf.tensors(target)
     touched = gguf.changed(before, after)
     if not touched <= {gguf.EMBEDDING, gguf.HEAD}:
@@ -185,8 +188,9 @@ def _peft_on(network: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(network, folder).eval()
 
 
+@torch.inference_mode()
 def verify_adapter(model: Model, token: SoftToken, folder: Path) -> dict[str, Any]:
-    """Load the prompt-tuning adapter in `folder` with PEFT, on the model's own files read again, and compare logits and the effect.
+    """Load the prompt-tuning adapter in `folder` with PEFT, on the model's own files read again, and compare logits, greedy replies and the effect.
 
     Raises:
         ConfigError: PEFT is not installed. ExportError: they differ, or the token has no effect there.
@@ -194,29 +198,40 @@ def verify_adapter(model: Model, token: SoftToken, folder: Path) -> dict[str, An
     name = str(model.dtype).removeprefix("torch.")
     wrapped = _peft_on(load(folder_of(model), dtype=name, device=str(model.device)).network, folder)
     worst = effect = 0.0
-    slots = set(model.slot_ids(len(token.vectors)))
-    for turns in PROBES:
+    same, slots = 0, set(model.slot_ids(len(token.vectors)))
+    ours = generate(model, PROBES, token=token, max_new_tokens=REPLY_TOKENS)
+    for turns, reply in zip(PROBES, ours, strict=True):
         plain = render(model, turns, template_args=token.template_args)
-        ids = torch.tensor([plain.ids], device=model.device)
-        with torch.inference_mode():
-            there = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
+        ids = torch.tensor([[*plain.ids, *reply.ids]], device=model.device)
+        read = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
         hooked, alone = (
             next_logits(model, token.render(model, turns).ids, token.vectors),
             next_logits(model, plain.ids, None),
         )
         common = [i for i in range(len(alone)) if i not in slots]
-        there, hooked, alone = there[common], hooked[common], alone[common]
+        there, hooked, alone = read[-1 - len(reply.ids), common], hooked[common], alone[common]
         worst = max(worst, float((there - hooked).abs().max()))
         effect += _kl(alone, there) / len(PROBES)
+        read[:, [i for i in banned_ids(model, token.vectors) if i < read.shape[-1]]] = -torch.inf
+        likeliest = read[-1 - len(reply.ids) :].argmax(-1).tolist()
+        same += tuple(likeliest[:-1]) == reply.ids and (
+            len(reply.ids) == REPLY_TOKENS or likeliest[-1] in model.eos_ids
+        )
     if not worst <= TOLERANCE[model.dtype]:
         raise ExportError(f"{folder}: PEFT's logits differ from the token's by up to {worst:.2e}.")
     if not effect > NO_EFFECT:
         raise ExportError(f"{folder}: the token changes nothing in PEFT (KL {effect:.1e} nats).")
+    if same < len(PROBES) and model.dtype == torch.float32:
+        raise ExportError(f"{folder}: {len(PROBES) - same} of {len(PROBES)} greedy replies differ from the token's.")
     return {
         "dtype": name,
+        "stored_dtype": "float32",
+        "engine": "PEFT",
         "probes": len(PROBES),
         "logits_max_difference": worst,
         "tolerance": TOLERANCE[model.dtype],
+        "rounding_of_the_row": 0.0,
+        "replies_equal": same,
         "effect_kl": effect,
     }
 
@@ -228,11 +243,6 @@ def in_words(found: dict[str, Any]) -> str:
             f"every tensor but {' and '.join(found['tensors_changed'])} is as it was; stored as {found['stored_dtype']} the row is off by {found['row_error']:.1%}, "
             f"which changes logits by {found['rounding_of_the_row']:.2g} at most and leaves {found['replies_equal']} of {found['probes']} greedy replies of {REPLY_TOKENS} tokens equal "
             f"(computed by trimtab, not by llama.cpp); effect {found['effect_kl']:.2g} nats"
-        )
-    if "replies_equal" not in found:
-        return (
-            f"loaded by PEFT and compared with the token on its model on {found['probes']} conversations, in {found['dtype']}: logits differ by "
-            f"{found['logits_max_difference']:.1e} at most (tolerance {found['tolerance']:g}); effect {found['effect_kl']:.2g} nats"
         )
     return (
         f"loaded by {found.get('engine', 'transformers')} alone and compared with the token on its model, in {found['dtype']}: logits differ by {found['logits_max_difference']:.1e} at most "
