@@ -51,10 +51,10 @@ class Server:
 
     url: str
 
-    def ask(self, turns: Sequence[dict[str, Any]], length: int = LENGTH) -> dict[str, Any]:
+    def ask(self, turns: Sequence[dict[str, Any]], length: int = LENGTH, **more: Any) -> dict[str, Any]:
         asked = {
             "messages": list(turns), "max_tokens": length, "temperature": 0, "logprobs": True, "top_logprobs": TOP,
-            "return_token_ids": True, "return_tokens_as_token_ids": True,
+            "return_token_ids": True, "return_tokens_as_token_ids": True, **more,
         }  # fmt: skip
         request = urllib.request.Request(
             f"{self.url}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
@@ -194,6 +194,23 @@ def test_serve_check_sees_that_the_untouched_model_has_none(case: Case, tmp_path
         found = serve_check(server.url, export=case.folder)
     failed = {check["what"] for check in found["checks"] if check["verdict"] == "failed"}
     assert (found["in_effect"], failed) == (False, {"prompt length", "slot once", "effect"}), found
+
+
+def test_a_loud_token_in_a_tied_head_is_banned_by_bad_words(case: Case, tmp_path: Path) -> None:
+    """As long as a trained one: vLLM reads no `suppress_tokens`, so it says the slot, unless the request forbids it as the card says."""
+    token = SoftToken.of(case.model, vectors_for(case.model, 1, 48.0), "assistant")
+    result = export(case.model, token, tmp_path / "out", format="hf", untie=False, check=False)
+    assert result["slot_as_output"]["tied"] > 0.9
+    assert '"bad_words": ["<|trimtab_0|>"]' in result["plan"]["engines"]["vLLM"]
+    ours = generate(case.model, CHATS[:6], token=token, max_new_tokens=LENGTH)
+    with served(tmp_path / "out", "float32", tmp_path / "log") as server:
+        free, banned = (
+            [server.ask(turns, **more)["choices"][0]["token_ids"] for turns in CHATS[:6]]
+            for more in ({}, {"bad_words": ["<|trimtab_0|>"]})
+        )
+    assert any(case.slot in said for said in free)
+    for said, expected in zip(banned, ours, strict=True):
+        assert tuple(i for i in said if i not in case.model.eos_ids) == expected.ids
 
 
 def test_in_bfloat16_the_first_words_are_as_likely(case: Case, tmp_path: Path) -> None:
