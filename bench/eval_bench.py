@@ -146,7 +146,9 @@ def before_after(suites: Path, token: Path) -> float:
             *parts,
         ]
         start = time.perf_counter()
-        subprocess.run([*command, "--max-new-tokens", str(TOKENS), "--batch", str(BATCH)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, "--max-new-tokens", str(TOKENS), "--batch", str(BATCH)], check=True, stdout=subprocess.DEVNULL
+        )
         return time.perf_counter() - start
 
 

@@ -7,12 +7,13 @@ Makes a sharded Llama-type checkpoint of random bfloat16 tensors (`--gb`, 8 if n
   the files, writing weights, tokenizer and template, proving the template on some hundred conversations, the card; and `sync`.
 
 Both read what the other has read, so that the page cache treats them alike; what was written is removed in between. `seconds_copying` is `write_weights` alone and
-`sync`, without Python's start and the template. At last SmolLM2 is exported by the command line, loaded, measured and verified: `seconds_smollm2`.
+`sync`, without Python's start and the template. At last SmolLM2 is exported by the command line, loaded, measured and verified, as a checkpoint (`seconds_smollm2`), as a GGUF file
+(`seconds_smollm2_gguf`), and as a checkpoint in bfloat16; what verifying found is printed.
 
-    python bench/export_bench.py [--gb 8] [--folder DIR] [--skip-smollm2]
+    python bench/export_bench.py [--gb 8 | 0] [--folder DIR] [--skip-smollm2]
 
 Prints a table, then one JSON line: ratio_cp (cp's seconds / the export's, best of four, higher is better), ratio_cp_copying (the same for `write_weights`), peak_gb (of
-the exporting process), seconds_smollm2.
+the exporting process), seconds_smollm2, seconds_smollm2_gguf. With `--gb 0` SmolLM2 alone.
 """
 
 from __future__ import annotations
@@ -48,10 +49,19 @@ def main() -> None:
     if options.one:
         print(json.dumps(exported(options.folder, options.one)))
         return
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+    result = large(options.folder, options.gb) if options.gb else {}
+    if not options.skip_smollm2:
+        result |= {"seconds_smollm2": smollm2(), "seconds_smollm2_gguf": smollm2("gguf")}
+        smollm2(dtype="bfloat16")
+    print(json.dumps({k: round(v, 3) for k, v in result.items()}))
+
+
+def large(within: Path | None, gb: float) -> dict[str, float]:
+    """The checkpoint that memory cannot hold: ratios and the peak."""
+    with tempfile.TemporaryDirectory(dir=within) as name:
         folder = Path(name)
         # In a process of its own: a child's peak memory begins at what its parent held.
-        own = [sys.executable, __file__, "--one", "make", "--gb", str(options.gb), "--folder", name]
+        own = [sys.executable, __file__, "--one", "make", "--gb", str(gb), "--folder", name]
         subprocess.run(own, check=True)
         size = sum(path.stat().st_size for path in (folder / "model").iterdir())
         found: dict[str, list[dict[str, float]]] = {"cp": [], "export": [], "copying": []}
@@ -65,15 +75,12 @@ def main() -> None:
     for one, rows in found.items():
         for row in rows:
             print(f"{one:12}{row['seconds']:10.1f}{size / row['seconds'] / 1e6:10.0f}{row.get('peak_gb', 0):10.2f}")
-    result = {
+    return {
         "gb": size / 1e9,
         "ratio_cp": best["cp"] / best["export"],
         "ratio_cp_copying": best["cp"] / best["copying"],
         "peak_gb": max(row["peak_gb"] for row in found["export"]),
     }
-    if not options.skip_smollm2:
-        result["seconds_smollm2"] = smollm2()
-    print(json.dumps({k: round(v, 3) for k, v in result.items()}))
 
 
 def copied(folder: Path) -> dict[str, float]:
@@ -167,22 +174,24 @@ def make(folder: Path, gb: float) -> None:
     os.sync()
 
 
-def smollm2() -> float:
-    """Seconds of `trimtab export` of SmolLM2 with a random token as loud as a trained one, Python's start included."""
+def smollm2(form: str = "hf", dtype: str = "float32") -> float:
+    """Seconds of `trimtab export` of SmolLM2 with a random token as long as a trained one, Python's start included; prints what it found."""
     import torch
 
     import trimtab as tt
     from trimtab.softtoken.artifact import SoftToken
 
     with tempfile.TemporaryDirectory() as name:
-        model = tt.load("smollm2-135m", dtype="float32")
-        vectors = torch.nn.functional.normalize(torch.randn(1, model.hidden_size)) * 12.7
+        model = tt.load("smollm2-135m", dtype=dtype)
+        vectors = torch.nn.functional.normalize(torch.randn(1, model.hidden_size)) * 966
         SoftToken.of(model, vectors, "assistant").save(Path(name) / "run")
         del model
-        command = [sys.executable, "-m", "trimtab", "export", f"{name}/run", "-o", f"{name}/out"]
+        command = [sys.executable, "-m", "trimtab", "export", f"{name}/run", "-o", f"{name}/out", "--format", form]
         start = time.perf_counter()
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        return time.perf_counter() - start
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        seconds = time.perf_counter() - start
+    print(f"SmolLM2, {form}, {dtype}: {seconds:.1f} s; {' '.join(done.stdout.split())}")
+    return seconds
 
 
 if __name__ == "__main__":

@@ -173,7 +173,9 @@ def _gguf(
         )
     words = modelfile(model, token, found)
     (scratch / MODELFILE).write_text(words, encoding="utf-8")
-    return proof, verify_rows(model, token, source, target, kind, found, template) if check else None
+    verified = verify_rows(model, token, source, target, kind, found, template) if check else None
+    gguf.opened.cache_clear()  # or the file stays mapped
+    return proof, verified
 
 
 def _adapter(

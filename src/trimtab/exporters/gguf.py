@@ -6,6 +6,7 @@ llama.cpp knows tensors by fixed names. A head that is the embedding table is no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def sizes(source: Path, appended: int, untie: bool) -> tuple[int, int]:
 
 
 def tensors(path: Path) -> Tensors:
-    """A file's tensors by name, mapped and not read. Going through its keys takes a second."""
+    """A file's tensors by name, mapped and not read."""
     return _by_name(_read(path))
 
 
@@ -172,9 +173,16 @@ def _by_name(reader: GGUFReader) -> Tensors:
 
 def _read(path: Path) -> GGUFReader:
     try:
-        return GGUFReader(path)
+        stat = path.stat()
+        return opened(path, stat.st_mtime_ns, stat.st_size)
     except Exception as error:  # the reader raises whatever a damaged header leads it to
         raise ExportError(f"{path} is no whole GGUF file: {error}", "Fetch the model again.") from None
+
+
+@lru_cache(maxsize=1)  # going through the keys of a vocabulary takes seconds, and an export asks six times
+def opened(path: Path, changed_at: int, size: int) -> GGUFReader:
+    """A file as it was at that time: its keys, and its tensors mapped."""
+    return GGUFReader(path)
 
 
 def _with_rows(table: Any, rows: Mapping[int, Tensor], kind: GGMLQuantizationType) -> Any:

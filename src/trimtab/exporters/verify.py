@@ -132,27 +132,23 @@ def verify_rows(
         raise ExportError(f"{target}: the row as stored is off by {off:.1%}.")
     if not gguf.others_kept(before, after, ids):
         raise ExportError(f"{target}: rows other than the token's changed.")
-    as_stored = replace(token, vectors=stored)
-    rounding = effect = 0.0
     probes = _probes(model, token)
-    for turns in probes:
-        prompt = token.render(model, turns)
-        exact, there = (next_logits(model, prompt.ids, each.vectors) for each in (token, as_stored))
-        plain = next_logits(model, render(model, turns, template_args=token.template_args).ids, None)
-        rounding = max(rounding, float((exact - there).abs().max()))
-        effect += _kl(plain, there) / len(probes)
+    prompts = [token.render(model, turns).ids for turns in probes]
+    untouched = [render(model, turns, template_args=token.template_args).ids for turns in probes]
+    replies = [reply.ids for reply in generate(model, probes, token=token, max_new_tokens=REPLY_TOKENS)]
+    exact, _ = _follow(model, prompts, replies, token.vectors)
+    there, greedy = _follow(model, prompts, replies, stored)
+    plain, _ = _follow(model, untouched, [()] * len(probes), None)
+    effect = sum(map(_kl, plain, there)) / len(probes)
     if not effect > NO_EFFECT:
         raise ExportError(f"{target}: the token changes nothing there (KL {effect:.1e} nats).")
-    exact_replies, there_replies = (
-        generate(model, probes, token=each, max_new_tokens=REPLY_TOKENS) for each in (token, as_stored)
-    )
     return {
         "tensors_changed": sorted(touched),
         "stored_dtype": kind,
         "row_error": off,
-        "rounding_of_the_row": rounding,
+        "rounding_of_the_row": float((exact - there).abs().max()),
         "probes": len(probes),
-        "replies_equal": sum(a.ids == b.ids for a, b in zip(exact_replies, there_replies, strict=True)),
+        "replies_equal": sum(greedy),
         "effect_kl": effect,
     }
 
