@@ -4,7 +4,8 @@ At final states of the model seen lately (training batches and looks at validati
 times a weight; `euclid` and `fisher` project onto the half-spaces where it is, after each step, by the shortest way or by the way that changes the losses least. Compared with the default training: rates and AUC on validation,
 and the slot's probability in a tied head along replies to prompts not trained on, of all groups.
 
-RESULTS
+SmolLM2, margin 30: the slot is still certain (1.0) somewhere along those replies, as without, and the training suffers. AUC 0.901 without; by `hinge` 0.847 with a weight of 0.01, and with 0.1 it learns nothing (no refusal at all);
+by `euclid` 0.826, by `fisher` 0.854. So a tied head is written out, with a row fitted to be silent, by default.
 
     python recipes/own_logit.py MODEL -o DIR none:0 hinge:30:0.1 euclid:30 fisher:30
 """
