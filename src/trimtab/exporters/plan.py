@@ -242,10 +242,14 @@ def engines(found: Plan) -> dict[str, str]:
     )
     if found.untie and found.family.startswith(("gemma2", "cohere")):
         served = f"reads no head of its own for {found.family}: export with --keep-tied, and {asked}"
+    converted = "wants a GGUF file: convert this folder, and keep the embedding table at q8_0 or f16. Suppression is lost on the way"
+    if found.tied and not found.untie:
+        never = json.dumps([[i, False] for i in found.ids])
+        converted += f', and the head is tied: give "logit_bias": {never} with every request'
     return {
         "transformers": f"chat template and row are its own; {spoken}",
         "vLLM": served,
-        "llama.cpp": f"wants a GGUF file: convert this folder, and keep the embedding table at q8_0 or f16. Suppression is lost on the way{'' if not found.tied or found.untie else ', and the head is tied: ban the slot by logit_bias'}",
+        "llama.cpp": converted,
         "Ollama": "wants a GGUF file too, and a template in Go's language: see the Modelfile that --format gguf writes. Not tried",
     }
 
