@@ -147,7 +147,9 @@ def test_another_model_and_what_differs(saved: Path, token: SoftToken, tiny: Cal
         (tiny("llama", "chatml"), ["chat template (hash)"]),
         (tiny("gemma3", "fold"), ["weights (fingerprint)", "chat template (hash)"]),
     ):
-        with pytest.raises(ArtefactError, match=rf"trained on tiny-llama, not (on {other.name}|as it is here)\.") as caught:
+        with pytest.raises(
+            ArtefactError, match=rf"trained on tiny-llama, not (on {other.name}|as it is here)\."
+        ) as caught:
             SoftToken.load(saved, other)
         lines = str(caught.value).splitlines()[1:-1]
         assert [line.strip().partition(":")[0] for line in lines] == differs
