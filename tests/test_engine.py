@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from conftest import FAMILIES, TEMPLATES, build, naive_logits, naive_reply, vectors_for
 from trimtab.chat import render
+from trimtab.decoding import engine
 from trimtab.decoding.engine import Prefixes, Row, by_length, common_length, forward, generate_ids
 from trimtab.decoding.generate import generate
 from trimtab.decoding.past import Past
@@ -287,6 +290,36 @@ def test_by_length(lengths: list[int], batch_size: int) -> None:
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[i] for i in order] == sorted(lengths)
     assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 5), st.integers(1, 30))
+def test_one_long_row_does_not_pad_many_short_ones(lengths: list[int], batch_size: int, tokens: int) -> None:
+    batches = list(by_length(lengths, batch_size, tokens))
+    order = [i for batch in batches for i in batch]
+    assert order == [i for batch in by_length(lengths, batch_size) for i in batch]
+    assert all(len(batch) == 1 or len(batch) * lengths[batch[-1]] <= tokens for batch in batches)
+    # None could have held the row that begins the next.
+    for batch, following in itertools.pairwise(batches):
+        assert len(batch) == batch_size or (len(batch) + 1) * lengths[following[0]] > tokens
+
+
+def test_prompts_are_read_in_passes_of_bounded_size(
+    tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama", "default")
+    rows = [[30 + i] * n for i, n in enumerate((3, 3, 4, 30))]
+    expected = {row.index: row.ids for row in generate_ids(model, rows, max_new_tokens=4, batch_size=4)}
+    widths: list[int] = []
+    seen = engine.forward
+
+    def spied(model: Model, tails: Sequence[Sequence[int]], *rest: Any) -> torch.Tensor:
+        widths.append(len(tails) * max(map(len, tails)))
+        return seen(model, tails, *rest)
+
+    monkeypatch.setattr(engine, "READ_TOGETHER", 12)
+    monkeypatch.setattr(engine, "forward", spied)
+    assert {row.index: row.ids for row in generate_ids(model, rows, max_new_tokens=4, batch_size=4)} == expected
+    assert widths[:2] == [3 * 3, 29]  # in one pass it were 4 * 29
 
 
 # generate: the same on chats

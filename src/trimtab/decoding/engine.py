@@ -24,6 +24,9 @@ from trimtab.neuron.neuron import Step
 
 Ids = Sequence[int]
 
+# Tokens of prompts, padding included, in one pass: enough to keep the processor busy. One long prompt among short ones would make padding of most of it.
+READ_TOGETHER = 3072
+
 
 def forward(model: Model, tails: Sequence[Ids], past: Past, keep: int) -> Tensor:
     """Read `tails` behind `past` (which grows) and return the logits of the last `keep` columns, `[B, keep, V]`, fp32.
@@ -95,7 +98,7 @@ class Prefixes:
         self.lengths = [len(row) for row in rows]
         if shared:
             forward(model, [shared], self._common, 1)
-        for chunk in by_length([length - self.shared for length in self.lengths], batch_size):
+        for chunk in by_length([length - self.shared for length in self.lengths], batch_size, READ_TOGETHER):
             own = [rows[i][self.shared :] for i in chunk]
             if any(own):
                 past = self._common.repeat(len(chunk))
@@ -269,11 +272,16 @@ def common_length(rows: Sequence[Ids]) -> int:
     return next((i for i, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, rows)))
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, shortest first: little padding."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def by_length(lengths: Sequence[int], batch_size: int, tokens: float = math.inf) -> Iterator[list[int]]:
+    """Indices in batches of similar length, shortest first: little padding. A batch has at most `batch_size` rows and, padding included, `tokens` tokens (one row may have more)."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[i] > tokens):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
