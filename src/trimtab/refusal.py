@@ -115,7 +115,7 @@ def log_odds(
 
 
 def opening_log_odds(model: Model, tails: Sequence[Sequence[int]], past: Past) -> Tensor:
-    """Refusal log-odds `[B]` of the reply that follows `tails` behind `past`; differentiable."""
+    """Refusal log-odds `[B]` of the reply that follows `tails` behind `past`, which then holds them too; differentiable."""
     logits = forward(model, tails, past, 1)[:, -1]
     return odds(_tree_log_prob(model, _opening_tree(model), logits, past))
 
@@ -137,14 +137,15 @@ def _opening_tree(model: Model) -> dict[int, Any]:
 
 
 def _tree_log_prob(model: Model, tree: dict[int, Any], logits: Tensor, past: Past) -> Tensor:
-    """Log-probability `[B]` that the next tokens follow a path of `tree` to one of its leaves."""
+    """Log-probability `[B]` that the next tokens follow a path of `tree` to one of its leaves; `past` is left as it was."""
     log_p = logits.log_softmax(-1)
     terms = []
     for token, children in tree.items():
         term = log_p[:, token]
         if children:
-            branch = past.fork()
-            below = forward(model, [[token]] * len(term), branch, 1)[:, -1]
-            term = term + _tree_log_prob(model, children, below, branch)
+            # Read and unread in place: a fork would copy all that is held.
+            below = forward(model, [[token]] * len(term), past, 1)[:, -1]
+            term = term + _tree_log_prob(model, children, below, past)
+            past.retract([1] * len(term))
         terms.append(term)
     return torch.stack(terms).logsumexp(0)
