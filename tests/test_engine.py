@@ -260,14 +260,14 @@ def test_keep_gives_the_last_columns(tiny: Callable[..., Model]) -> None:
 
 
 @torch.inference_mode()
-def test_a_fork_and_a_selection_leave_the_past_as_it_was(tiny: Callable[..., Model]) -> None:
+def test_a_retreat_and_a_selection_leave_the_past_as_it_was(tiny: Callable[..., Model]) -> None:
     model = tiny("gemma3", "chatml")
     rows = [list(range(14)), [30, 31]]
     past = Past.empty(2, model.device)
     forward(model, rows, past, 1)
     for end in ([1, 2], [3]):
-        branch = past.fork()
-        found = forward(model, [end, end], branch, 1)[:, -1]
+        found = forward(model, [end, end], past, 1)[:, -1]
+        past.retract([len(end)] * 2)
         expected = torch.stack([naive_logits(model, row + end)[-1] for row in rows])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert past.lengths.tolist() == [14, 2]

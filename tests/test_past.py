@@ -44,14 +44,12 @@ def test_a_past_holds_what_its_rows_have_read_whatever_is_done_to_it(
     family: list[tuple[Past, list[list[float]]]] = [(Past.empty(3, torch.device("cpu")), [[], [], []])]
     for _ in range(60):
         past, rows = chance.choice(family)
-        what = chance.choice(["grow", "grow", "grow", "fork", "select", "retract", "stack"])
+        what = chance.choice(["grow", "grow", "grow", "select", "retract", "stack"])
         if what == "grow":
             new = [float(next(numbers)) for _ in rows]
             grown(past, torch.tensor(new))
             for row, number in zip(rows, new, strict=True):
                 row.append(number)
-        elif what == "fork" and len(family) < 4:
-            family.append((past.fork(), [list(row) for row in rows]))
         elif what == "select" and len(rows) > 1 and past.mask.shape[1]:
             keep = sorted(chance.sample(range(len(rows)), len(rows) - 1))
             past.select(torch.tensor(keep))

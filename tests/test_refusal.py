@@ -12,6 +12,7 @@ import torch
 from conftest import build, naive_logits, vectors_for
 from trimtab import refusal
 from trimtab.chat import render, reply_ids
+from trimtab.decoding.engine import forward
 from trimtab.decoding.past import Past
 from trimtab.models import Model, slot
 from trimtab.refusal import OPENINGS, is_refusal, log_odds, mentions_refusal, opening_log_odds, says_no
@@ -353,6 +354,20 @@ def test_non_finite_logits_are_marked() -> None:
     prompt = render(model, "Hi", position="user")
     (score,) = log_odds(model, [prompt], vectors=torch.full((1, model.hidden_size), nan))
     assert isnan(score)
+
+
+@torch.inference_mode()
+def test_opening_log_odds_leave_the_past_as_it_was(tiny: Callable[..., Model]) -> None:
+    model = tiny("gemma3", "default")
+    past = Past.empty(2, model.device)
+    forward(model, [list(range(20, 34)), [30, 31]], past, 1)
+    tails, held = [[9], [8, 7, 6]], past.lengths.tolist()
+    first = opening_log_odds(model, tails, past)
+    assert past.lengths.tolist() == held
+    torch.testing.assert_close(opening_log_odds(model, tails, past), first, atol=1e-4, rtol=1e-4)
+    found = forward(model, [[9], [8]], past, 1)[:, -1]
+    expected = [naive_logits(model, ids)[-1] for ids in ([*range(20, 34), 9], [30, 31, 8])]
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_opening_log_odds_are_differentiable(tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,9 +115,11 @@ def log_odds(
 
 
 def opening_log_odds(model: Model, tails: Sequence[Sequence[int]], past: Past) -> Tensor:
-    """Refusal log-odds `[B]` of the reply that follows `tails` behind `past`, which then holds them too; differentiable."""
+    """Refusal log-odds `[B]` of the reply that follows `tails` behind `past`, which is left as it was; differentiable."""
     logits = forward(model, tails, past, 1)[:, -1]
-    return odds(_tree_log_prob(model, _opening_tree(model), logits, past))
+    log_p = _tree_log_prob(model, _opening_tree(model), logits, past)
+    past.retract([len(tail) for tail in tails])
+    return odds(log_p)
 
 
 def odds(log_p: Tensor) -> Tensor:
@@ -143,7 +145,6 @@ def _tree_log_prob(model: Model, tree: dict[int, Any], logits: Tensor, past: Pas
     for token, children in tree.items():
         term = log_p[:, token]
         if children:
-            # Read and unread in place: a fork would copy all that is held.
             below = forward(model, [[token]] * len(term), past, 1)[:, -1]
             term = term + _tree_log_prob(model, children, below, past)
             past.retract([1] * len(term))

@@ -69,15 +69,6 @@ class Growing(DynamicLayer):  # type: ignore[misc]
         self.values = self.values.gather(2, index.expand(-1, self.values.shape[1], -1, self.values.shape[3]))
         self._room = None
 
-    def share(self) -> Growing:
-        """A second layer that holds the same. Each of the two lays out room of its own when it grows: neither sees what the other writes."""
-        twin = Growing()
-        if self.is_initialized:
-            twin.lazy_initialization(self.keys, self.values)
-            twin.keys, twin.values = self.keys, self.values
-        self._room = None
-        return twin
-
 
 @dataclass
 class Past:
@@ -104,12 +95,6 @@ class Past:
         for index, layer in enumerate(self.cache.layers):
             cache.update(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1), index)
         return Past(cache, self.mask.expand(batch, -1), self.lengths.expand(batch))
-
-    def fork(self) -> Past:
-        """A second past that may grow by itself."""
-        cache = _growing()
-        cache.layers = [layer.share() for layer in self.cache.layers]
-        return Past(cache, self.mask, self.lengths)
 
     @classmethod
     def stack(cls, first: Past, second: Past) -> Past:

@@ -145,10 +145,8 @@ def _by_itself(
         with torch.inference_mode(), slot(model, vectors):
             past, tails = read(model, [row.prompt for row in fit])
             found = opening_log_odds(model, tails, past).tolist()
-            past.retract([1] * len(fit))  # a tail is one token, to be read again
             if any(choices):
                 chosen = choose_letter(model, tails, past, [choices[row.index] for row in fit])
-                past.retract([1] * len(fit))
                 letters = {row.index: letter for row, letter in zip(fit, chosen, strict=True) if letter}
             decode(model, tails, past, fit, vectors=vectors)
         scores = {row.index: score for row, score in zip(fit, found, strict=True) if math.isfinite(score)}

@@ -56,8 +56,9 @@ def _number(text: str) -> float:
 def choose_letter(
     model: Model, tails: Sequence[Sequence[int]], past: Past, choices: Sequence[Sequence[str]]
 ) -> list[str | None]:
-    """For each row the letter that is likeliest as the reply's first token; `None` for rows without choices, or with logits that are no numbers."""
+    """For each row the letter that is likeliest as the reply's first token; `None` for rows without choices, or with logits that are no numbers. `past` is left as it was."""
     logits = forward(model, tails, past, 1)[:, -1]
+    past.retract([len(tail) for tail in tails])
     letters = [reply_ids(model, letter)[0] for letter in LETTERS]
     found: list[str | None] = []
     for row, options in zip(logits, choices, strict=True):

@@ -152,7 +152,7 @@ class ExpertRating:
             batch = [fit[place] for place in places]
             with self.expert.speaking():
                 past, tails = read(speaker, [row.prompt for row in batch])
-                chances = opening_log_odds(speaker, tails, past.fork()).sigmoid().tolist()
+                chances = opening_log_odds(speaker, tails, past).sigmoid().tolist()
                 decode(speaker, tails, past, batch, vectors=self.expert.vectors)
             for row, p in zip(batch, chances, strict=True):
                 words = speaker.tokenizer.decode(row.ids, skip_special_tokens=True)

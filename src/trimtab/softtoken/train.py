@@ -230,7 +230,7 @@ def validate(model: Model, examples: Examples, vectors: Tensor | None) -> dict[G
             if len(tails[0]) > 1:  # read by both
                 forward(model, [tail[:-1] for tail in tails], past, 1)
                 tails = [tail[-1:] for tail in tails]
-            scores = opening_log_odds(model, tails, past.fork()).tolist()
+            scores = opening_log_odds(model, tails, past).tolist()
             rows = [Row(i, VALIDATION_TOKENS) for i in chunk]
             decode(model, tails, past, rows, vectors=vectors)
             for i, score, row in zip(chunk, scores, rows, strict=True):
