@@ -104,11 +104,11 @@ def exported(folder: Path, one: str) -> dict[str, float]:
     """Export in this process, which believes that it has 1 GB; its peak memory, and for `copying` its seconds."""
     from rich.console import Console
 
-    import trimtab.models as models
+    import trimtab.machine as machine
     from trimtab.config import ExportSettings
     from trimtab.exporters.export import export_run
 
-    models.free_memory = lambda _device: 10**9
+    machine.free_memory = lambda _device: 10**9
     found = {}
     if one == "export":
         export_run(ExportSettings(run=folder / "run", out=folder / "out", verify=False), Console(stderr=True))

@@ -129,11 +129,11 @@ def test_no_room_for_a_second_model_is_told_before_anything_is_written(
 ) -> None:
     model = saved(tmp_path / "model")
     token = SoftToken.of(model, vectors_for(model, 1, 8.0), "assistant")
-    monkeypatch.setattr("trimtab.models.free_memory", lambda _: 1000)
+    monkeypatch.setattr("trimtab.machine.free_memory", lambda _: 1000)
     monkeypatch.setattr("trimtab.exporters.export.write_weights", lambda *_: pytest.fail("written"))
     with pytest.raises(RoomError, match=r"(?s)too large.*--no-verify leaves it out"):
         export(model, token, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    monkeypatch.setattr("trimtab.models.free_memory", lambda _: 1000)
+    monkeypatch.setattr("trimtab.machine.free_memory", lambda _: 1000)
     assert export(model, token, tmp_path / "out", check=False)["verified"] is None

@@ -77,7 +77,7 @@ def test_an_unloaded_export_is_the_loaded_one_but_for_the_row_that_was_measured(
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose memory holds no model."""
-    monkeypatch.setattr("trimtab.models.free_memory", lambda _: 1000)
+    monkeypatch.setattr("trimtab.machine.free_memory", lambda _: 1000)
 
 
 def test_without_memory_only_an_unverified_export_is_made_and_says_so(

@@ -15,7 +15,8 @@ from transformers import AutoConfig
 from conftest import FAMILIES, build, naive_logits, vectors_for
 from trimtab import models
 from trimtab.errors import ModelError
-from trimtab.models import MAX_TOKENS, Model, choose_device, load, resolve, slot
+from trimtab.machine import choose_device
+from trimtab.models import MAX_TOKENS, Model, load, resolve, slot
 
 
 @pytest.fixture

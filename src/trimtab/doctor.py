@@ -35,7 +35,8 @@ def examine() -> list[Finding]:
     """Look at packages, the embedded model, the device, memory, disk and the hub cache; nothing is downloaded."""
     import torch
 
-    from trimtab.models import ALIASES, cache_dir, choose_device
+    from trimtab.machine import choose_device
+    from trimtab.models import ALIASES, cache_dir
 
     versions = environment()["packages"]
     missing = [name for name in PACKAGES if versions[name] == "unknown"]

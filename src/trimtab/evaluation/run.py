@@ -35,7 +35,8 @@ from trimtab.evaluation.results import (
     tests_answers,
 )
 from trimtab.evaluation.suites import Suite, attacked, load_suite
-from trimtab.models import Model, describe_machine
+from trimtab.machine import describe_machine
+from trimtab.models import Model
 from trimtab.neuron.expert import Expert
 from trimtab.neuron.guide import Guide
 from trimtab.neuron.rating import injections

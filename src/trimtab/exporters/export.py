@@ -28,7 +28,8 @@ from trimtab.exporters.peft import write_prompt, write_rows
 from trimtab.exporters.plan import MODELFILE, NEW, RECORD, Format, Plan, folder_of, gguf_file, plan, show, show_files
 from trimtab.exporters.template import Proof, in_place, unsafe, with_slot
 from trimtab.exporters.verify import in_words, verify, verify_adapter, verify_rows, verify_tokens
-from trimtab.models import Model, describe_machine, load_at, require_room, size_of
+from trimtab.machine import describe_machine, require_room
+from trimtab.models import Model, load_at, size_of
 from trimtab.prompts.records import stratified
 from trimtab.prompts.sources import load_prompts
 from trimtab.run import Cost, alone, console, create, progress, tell, write_json

@@ -13,7 +13,8 @@ from torch import Tensor
 from trimtab.errors import ExportError
 from trimtab.exporters.checkpoint import STORED, pick, tensors
 from trimtab.exporters.plan import folder_of
-from trimtab.models import DTYPES, Dtype, Model, dequantised, empty, fingerprint_of, place_of, resolve, sampled
+from trimtab.machine import DTYPES, Dtype
+from trimtab.models import Model, dequantised, empty, fingerprint_of, place_of, resolve, sampled
 
 
 def outline(name: str, dtype: str) -> Model:

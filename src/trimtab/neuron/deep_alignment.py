@@ -31,7 +31,8 @@ from trimtab.config import ExpertSettings, settle
 from trimtab.decoding.engine import Row, by_length, common_length, forward
 from trimtab.decoding.past import Past
 from trimtab.errors import NoEffectError, RunError
-from trimtab.models import Model, describe_machine
+from trimtab.machine import describe_machine
+from trimtab.models import Model
 from trimtab.neuron.lora import attached, lora_config, save_adapter
 from trimtab.prompts.records import Record, stratified
 from trimtab.prompts.sources import require_both_labels, split_records

@@ -13,7 +13,8 @@ from rich.table import Table
 from trimtab.chat import POSITIONS, Position, render, template_hash
 from trimtab.config import AlignSettings, settle
 from trimtab.errors import ChatError
-from trimtab.models import Model, describe_machine
+from trimtab.machine import describe_machine
+from trimtab.models import Model
 from trimtab.prompts.filter import Rule, filter_samples, funnel
 from trimtab.prompts.records import Record, Sample, stratified
 from trimtab.prompts.sources import require_both_labels, split_records
