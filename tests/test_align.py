@@ -44,8 +44,8 @@ from trimtab.softtoken.train import (
     initial,
     sample_losses,
     token_weights,
-    validate,
 )
+from trimtab.softtoken.validation import validate
 
 WORDS = [
     "sea",
@@ -512,7 +512,7 @@ def test_the_floor_is_a_share_of_what_was_refused_before(model: Model, monkeypat
         begin(self, *args, floor=floor)
 
     monkeypatch.setattr(Trainer, "__init__", watched)
-    monkeypatch.setattr("trimtab.softtoken.train.is_refusal", lambda _words: True)
+    monkeypatch.setattr("trimtab.softtoken.validation.is_refusal", lambda _words: True)
     tt.align(model, records(), settings=SHORT.model_copy(update={"keep": 0.5}))
     assert seen == [0.5]
 

@@ -54,7 +54,8 @@ from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.objective import Reference, kl_to_base, reply_nll, sta_loss
 from trimtab.softtoken.openings import Openings, compliant_openings, openings, own_words, prefill_refusal
 from trimtab.softtoken.targets import TEMPLATES, choose_refusal, collect
-from trimtab.softtoken.train import batches, padded, references, summary, validate
+from trimtab.softtoken.train import batches, padded, references
+from trimtab.softtoken.validation import summary, validate
 
 SCHEME = 3  # raised when the same settings train otherwise than before: a run begun then is not gone on with
 WARM_UP = 10  # steps
@@ -338,7 +339,7 @@ class Trainer:
 
 
 def look(model: Model, held: Examples, begun: dict[int, Ids]) -> dict[str, float | None]:
-    """`train.summary` of plain validation, and `prefill_refusal`.
+    """`validation.summary` of plain validation, and `prefill_refusal`.
 
     That is how often a reply made to begin with the untouched model's opening (`begun`, by index) goes on as a refusal;
     None where there are no openings.

@@ -34,7 +34,8 @@ from trimtab.softtoken.artifact import SoftToken, effect
 from trimtab.softtoken.examples import Examples
 from trimtab.softtoken.openings import compliant_openings, prefill_refusal
 from trimtab.softtoken.targets import collect
-from trimtab.softtoken.train import MAX_PREFIX, Trainer, TrainingSet, summary, validate
+from trimtab.softtoken.train import MAX_PREFIX, Trainer, TrainingSet
+from trimtab.softtoken.validation import summary, validate
 
 SCHEME = 5  # raised when the same settings train otherwise than before: a run begun then is not gone on with
 VALIDATION_PROMPTS = 240  # at most; every look decodes the beginnings of that many replies
